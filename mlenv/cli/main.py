@@ -1,0 +1,177 @@
+"""The command line: one table of commands, each module imported when it is chosen, one place that prints errors."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import click
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "up": ("mlenv.cli.up", "Bring an environment up and open it in JupyterLab."),
+    "down": ("mlenv.cli.down", "Stop what `up` started."),
+    "envs": ("mlenv.cli.envs", "List the environments found and which file each name means."),
+    "resolve": ("mlenv.cli.resolve", "Show what a spec resolves to, and why."),
+    "lock": ("mlenv.cli.lock", "Write the lock of a spec."),
+    "build": ("mlenv.cli.build", "Build the image of a spec."),
+    "images": ("mlenv.cli.images", "List images."),
+    "save": ("mlenv.cli.save", "Write an image as an OCI layout archive."),
+    "rmi": ("mlenv.cli.rmi", "Remove images."),
+    "run": ("mlenv.cli.run", "Run a command in a new container."),
+    "exec": ("mlenv.cli.exec", "Run a command in a running container."),
+    "ps": ("mlenv.cli.ps", "List containers."),
+    "logs": ("mlenv.cli.logs", "Show what a container printed."),
+    "stop": ("mlenv.cli.stop", "Stop containers."),
+    "rm": ("mlenv.cli.rm", "Remove containers."),
+    "kernel": ("mlenv.cli.kernel", "Manage the Jupyter kernelspecs of environments."),
+    "version": ("mlenv.cli.version", "Show the version."),
+}
+"""Name, module (its `command` is the click command) and one-line help of every command."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGHUP, _interrupt)
+    sys.exit(run(words))
+
+
+def run(words: Sequence[str]) -> int:
+    """Run one command and return the exit status; errors are printed here and nowhere else."""
+    if list(words) in (["--version"], ["-V"]):
+        from mlenv import __version__
+
+        sys.stdout.write(f"mlenv {__version__}\n")
+        return 0
+    try:
+        return _invoke(words)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        return _report(error, words)
+
+
+def _invoke(words: Sequence[str]) -> int:
+    import click
+
+    try:
+        result = _group().main(list(words), prog_name="mlenv", standalone_mode=False)
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except click.Abort:
+        return 130
+    except click.ClickException as fault:
+        from mlenv.errors import UsageError
+
+        raise _usage(fault, UsageError) from fault
+    return result if isinstance(result, int) else 0
+
+
+def _usage(fault: click.ClickException, kind: type[Any]) -> Exception:
+    import click
+
+    context = getattr(fault, "ctx", None)
+    hint = f"{context.command_path} --help" if isinstance(context, click.Context) else "mlenv --help"
+    return kind(fault.format_message().rstrip("."), hint=f"`{hint}` shows what it takes")  # type: ignore[no-any-return]
+
+
+def _report(error: Exception, words: Sequence[str]) -> int:
+    from mlenv.cli import render
+    from mlenv.errors import MlenvError
+
+    if not isinstance(error, MlenvError):
+        known = _of_the_system(error)
+        if known is None:
+            raise error
+        error = known
+    render.error(error, as_json="--json" in _own_words(words))
+    return error.exit_status
+
+
+def _own_words(words: Sequence[str]) -> list[str]:
+    """Return the words before a `--`, which are mlenv's own."""
+    return list(words[: words.index("--")]) if "--" in words else list(words)
+
+
+def _of_the_system(error: Exception) -> Any:
+    """Translate what the system refused into an error with a remedy, or None for a fault of ours."""
+    import errno
+
+    from mlenv.errors import MlenvError
+
+    if not isinstance(error, OSError):
+        return None
+    place = f" `{error.filename}`" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return MlenvError(
+            f"no space left to write{place}",
+            cause=str(error),
+            hint="free some space, `mlenv rmi IMAGE`, or set MLENV_HOME to a larger disk; then run the same command again",
+            code="disk-full",
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return MlenvError(
+            f"not allowed to use{place}",
+            cause=str(error),
+            hint="set MLENV_HOME to a directory of your own",
+            code="permission-denied",
+        )
+    return None
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """Treat a polite end (SIGTERM, SIGHUP) like Ctrl-C, so that everything is undone."""
+    del number, frame
+    raise KeyboardInterrupt
+
+
+def _group() -> click.Group:
+    import click
+
+    class Commands(click.Group):
+        """A group whose commands are imported when they are chosen."""
+
+        def list_commands(self, ctx: click.Context) -> list[str]:
+            del ctx
+            return list(COMMANDS)
+
+        def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+            del ctx
+            entry = COMMANDS.get(cmd_name)
+            return importlib.import_module(entry[0]).command if entry else None
+
+        def resolve_command(
+            self, ctx: click.Context, args: list[str]
+        ) -> tuple[str | None, click.Command | None, list[str]]:
+            if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+                from difflib import get_close_matches
+
+                from mlenv.errors import UsageError
+
+                near = get_close_matches(args[0], COMMANDS, n=1)
+                hint = f"did you mean `mlenv {near[0]}`?" if near else "`mlenv --help` lists the commands"
+                raise UsageError(f"there is no command `{args[0]}`", hint=hint)
+            return super().resolve_command(ctx, args)
+
+        def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+            del ctx
+            with formatter.section("Commands"):
+                formatter.write_dl([(name, help_) for name, (_, help_) in COMMANDS.items()])
+
+    return Commands(
+        name="mlenv",
+        help="Reproducible ML environments: a YAML spec, its lock, a container without Docker, a kernel in JupyterLab.",
+        epilog="Example: mlenv up quickstart",
+        params=[click.Option(["--version", "-V"], is_flag=True, help="Show the version.")],
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )

@@ -1,0 +1,40 @@
+"""Where the bytes a lock pins come from on this host: its package indexes and its Debian mirrors."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mlenv.lock.model import DebPackage, Lock, Wheel
+    from mlenv.progress import Progress
+
+
+class HostSources:
+    """Answers with addresses; looks them up when the first missing thing is asked for, never for what is stored."""
+
+    def __init__(self, lock: Lock, *, mirror: str | None, progress: Progress) -> None:
+        self._lock, self._mirror, self._progress = lock, mirror, progress
+
+    @cached_property
+    def _wheels(self) -> Mapping[str, str]:
+        from mlenv.resolve.wheels import locate
+
+        return locate(self._lock)
+
+    @cached_property
+    def _mirrors(self) -> Mapping[str, str]:
+        from mlenv.resolve.debian import mirrors
+
+        assert self._lock.base is not None
+        return mirrors(self._lock.base.name, mirror=self._mirror)
+
+    def wheel_url(self, wheel: Wheel) -> str:
+        """Return where a wheel can be fetched."""
+        return self._wheels[wheel.sha256]
+
+    def deb_url(self, package: DebPackage) -> str:
+        """Return where a Debian package can be fetched."""
+        return f"{self._mirrors[package.archive].rstrip('/')}/{package.path}"

@@ -1,0 +1,1 @@
+"""The lock: an environment with everything pinned, and its canonical file."""

@@ -135,7 +135,7 @@ install_mlenv() {
     say "installing mlenv and what it needs into .venv (a minute or two)"
     target=.
     [ -z "$extra" ] || target=".[${extra#-}]"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable "$target" ||
+    .venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check --editable "$target" ||
         fail "\`pip install\` failed" "see its message above; pip's own settings and proxies are honoured"
     rm -f .venv/.setup-*
     : >".venv/.setup-$(wanted_state .venv/bin/python)$extra"

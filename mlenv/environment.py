@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -206,6 +207,22 @@ def _same_environment(
     for folder in folders:
         if not any(str(place) in shown for place in (folder, *folder.parents)):
             progress.note(f"`{folder}` is not visible in `{container.name}`: it was brought up from another folder")
+
+
+@contextlib.contextmanager
+def undo_on_failure() -> Iterator[ExitStack]:
+    """Collect what takes a flow back, and run it when the flow fails; a second Ctrl-C does not cut the undo short."""
+    with contextlib.ExitStack() as undo:
+        try:
+            yield undo
+        except BaseException:
+            heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            try:
+                undo.close()
+            finally:
+                signal.signal(signal.SIGINT, heard)
+            raise
+        undo.pop_all()
 
 
 @contextlib.contextmanager

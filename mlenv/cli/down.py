@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from mlenv.cli import render
@@ -41,9 +43,17 @@ def _chosen(name: str | None, up: list[str], *, everything: bool) -> list[str]:
     if everything:
         return up
     if name is not None:
-        return [name]
+        return [name if name in up else _name_of(name)]
     if len(up) == 1:
         return up
     if not up:
         raise UsageError("no environment is up", hint="`mlenv up NAME` brings one up")
     raise UsageError(f"which one? {', '.join(sorted(up))} are up", hint="`mlenv down NAME`, or `mlenv down --all`")
+
+
+def _name_of(text: str) -> str:
+    """Return the environment's name where `text` is a path to its spec, else `text` itself."""
+    from mlenv.spec.reader import read_spec
+    from mlenv.spec.sources import locate
+
+    return read_spec(locate(text, cwd=Path.cwd())).name if "/" in text or text.endswith((".yaml", ".yml")) else text

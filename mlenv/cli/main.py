@@ -38,8 +38,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    signal.signal(signal.SIGTERM, _interrupt)
-    signal.signal(signal.SIGHUP, _interrupt)
+    for polite_end in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(polite_end) is not signal.SIG_IGN:  # nohup(1) asks to outlive the terminal
+            signal.signal(polite_end, _interrupt)
     sys.exit(run(words))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,8 @@ import click
 from mlenv.cli import options, render
 
 if TYPE_CHECKING:
+    from contextlib import ExitStack
+
     from mlenv.environment import Environment
     from mlenv.jupyter.server import Server
     from mlenv.progress import Progress
@@ -59,7 +60,7 @@ def command(
     folder = environment.project_folder(Path.cwd())
     asked = {"publish": options.ports(publish), "gpus": options.gpus(gpus)}
     prepared = environment.prepare(name, cwd=Path.cwd(), mirror=mirror, progress=progress)
-    with ExitStack() as undo:
+    with environment.undo_on_failure() as undo:
         server = None if no_jupyter else _server(folder, port, undo, progress)
         folders = [server.root_dir, folder] if server else [folder]
         up = environment.start(prepared, folders=folders, progress=progress, undo=undo, **asked)
@@ -68,7 +69,6 @@ def command(
         kernelspec.install_environment(up)
         if server is not None:
             server.wait()
-        undo.pop_all()
     _announce(up, server, progress, as_json=as_json, browser=not (no_browser or detach or no_jupyter))
 
 

@@ -56,7 +56,7 @@ def prepare(name: str, *, cwd: Path, mirror: str | None = None, progress: Progre
     """
     spec = read_spec(locate(name, cwd=cwd))
     lock = ensure_lock(spec.path, mirror=mirror, progress=progress)
-    image = ensure_image(lock, mirror=mirror, progress=progress)
+    image = ensure_image(lock, directory=spec.path.parent, mirror=mirror, progress=progress)
     return Prepared(spec=spec, lock=lock, image=image)
 
 
@@ -92,8 +92,9 @@ def start(
 
 def build(name: str, *, cwd: Path, mirror: str | None = None, progress: Progress) -> Image:
     """Build the image of what `name` means and return it; an unchanged one costs reading the spec and the lock."""
-    lock = ensure_lock(locate(name, cwd=cwd), mirror=mirror, progress=progress)
-    return ensure_image(lock, mirror=mirror, progress=progress)
+    spec_path = locate(name, cwd=cwd)
+    lock = ensure_lock(spec_path, mirror=mirror, progress=progress)
+    return ensure_image(lock, directory=spec_path.parent, mirror=mirror, progress=progress)
 
 
 def ensure_lock(
@@ -142,8 +143,11 @@ def resolve_spec(spec: Spec, *, mirror: str | None = None, progress: Progress) -
     return resolve(spec, host=facts(), progress=progress, mirror=mirror).lock
 
 
-def ensure_image(lock: Lock, *, mirror: str | None = None, progress: Progress) -> Image:
-    """Return the lock's image from the store, built first where it is missing."""
+def ensure_image(lock: Lock, *, directory: Path, mirror: str | None = None, progress: Progress) -> Image:
+    """Return the lock's image from the store, built first where it is missing.
+
+    `directory` is the spec's, where its local packages lie.
+    """
     from mlenv.image import build
     from mlenv.image.store import Store
     from mlenv.launch.local import LocalRunner
@@ -152,7 +156,7 @@ def ensure_image(lock: Lock, *, mirror: str | None = None, progress: Progress) -
     return build.ensure_image(
         lock,
         store=Store(paths.store_dir()),
-        sources=HostSources(lock, mirror=mirror, progress=progress),
+        sources=HostSources(lock, directory=directory, mirror=mirror),
         run=LocalRunner(),
         progress=progress,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from mlenv.cli import options, render
@@ -16,10 +18,10 @@ def command(*, as_json: bool) -> None:
     Example: mlenv envs
     """  # noqa: D301 - click's paragraph mark
     from mlenv.environment import running
-    from mlenv.spec.sources import catalog, lock_path
+    from mlenv.spec.sources import lock_path, specs
 
     up = {container.environment for container in running()}
-    found = catalog()
+    found = specs(Path.cwd())
     if as_json:
         rows = [
             {"name": name, "path": str(path), "locked": lock_path(path).exists(), "up": name in up}

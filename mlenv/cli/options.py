@@ -48,7 +48,7 @@ def ports(texts: Sequence[str]) -> list[Port]:
     Raises: UsageError for a text that is none.
     """
     from mlenv.container.config import Port
-    from mlenv.spec.model import parse_port
+    from mlenv.spec.values import parse_port
 
     found = []
     for text in texts:
@@ -72,7 +72,7 @@ def volume(text: str) -> Mount:
 
     Raises: UsageError for a text that is none, or a source that does not exist.
     """
-    from pathlib import Path
+    from pathlib import Path, PurePosixPath
 
     from mlenv.container.config import Mount
 
@@ -84,7 +84,7 @@ def volume(text: str) -> Mount:
         raise UsageError(f"`-v {text}`: `{source}` does not exist", hint="create it first")
     if not words[1].startswith("/"):
         raise UsageError(f"`-v {text}`: the target must be an absolute path", hint=f"write `{words[0]}:/{words[1]}`")
-    return Mount(source=str(source), target=words[1], readonly=words[2:] == ["ro"])
+    return Mount(source=source, target=PurePosixPath(words[1]), readonly=words[2:] == ["ro"])
 
 
 def size(text: str | None, option: str) -> int | None:
@@ -92,7 +92,7 @@ def size(text: str | None, option: str) -> int | None:
 
     Raises: UsageError for a text that is none.
     """
-    from mlenv.spec.model import parse_size
+    from mlenv.spec.values import parse_size
 
     if text is None:
         return None
@@ -120,7 +120,7 @@ def environment_variables(texts: Sequence[str]) -> dict[str, str]:
 
 def gpus(text: str | None) -> Any:
     """Return the selection that a `--gpus` text means, None where it was not given."""
-    from mlenv.spec.model import parse_gpus
+    from mlenv.spec.values import parse_gpus
 
     if text is None:
         return None

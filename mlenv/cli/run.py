@@ -77,7 +77,7 @@ def _image(text: str, mirror: str | None, progress: Any) -> tuple[Image, Options
 
 def _options(defaults: Options, args: tuple[str, ...], asked: dict[str, Any]) -> Options:
     """Return `defaults` with what the command line asks for on top."""
-    from mlenv.container.config import Resources
+    from mlenv.launch.local import limited
 
     limits = {
         "memory": options.size(asked["memory"], "--memory"),
@@ -85,8 +85,6 @@ def _options(defaults: Options, args: tuple[str, ...], asked: dict[str, Any]) ->
         "pids": asked["pids_limit"],
         "shm": options.size(asked["shm_size"], "--shm-size"),
     }
-    old = defaults.resources
-    resources = Resources(**{key: getattr(old, key) if value is None else value for key, value in limits.items()})
     return replace(
         defaults,
         args=args,
@@ -97,7 +95,7 @@ def _options(defaults: Options, args: tuple[str, ...], asked: dict[str, Any]) ->
         mounts=[*defaults.mounts, *map(options.volume, asked["volume"])],
         ports=[*options.ports(asked["publish"]), *defaults.ports],
         network=asked["network"] or defaults.network,
-        resources=resources,
+        resources=limited(defaults.resources, **limits),
         readonly=asked["read_only"],
         gpus=options.gpus(asked["gpus"]) or defaults.gpus,
     )

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from mlenv import paths
@@ -54,7 +54,7 @@ class LocalRunner:
             hostname="build",
             layers=list(layers),
             upper=upper,
-            mounts=[oci.Mount(source=str(source), target=target) for source, target in mounts],
+            mounts=[oci.Mount(source=source, target=PurePosixPath(target)) for source, target in mounts],
             network="private" if network else "none",
             ignore_chown=True,
         )
@@ -130,7 +130,7 @@ def bundle_config(image: Image, options: Options, *, progress: Progress) -> dict
     )
 
 
-def device_edits(selection: GpuSelection | None, *, progress: Progress) -> oci.DeviceEdits | None:
+def device_edits(selection: GpuSelection | None, *, progress: Progress) -> dict[str, Any] | None:
     """Return what gives a container the GPUs of `selection`, None where it gets none."""
     if selection is None or selection.mode == "none":
         return None
@@ -149,11 +149,20 @@ def spec_options(spec: Spec, *, publish: Sequence[oci.Port] = ()) -> Options:
         mounts=[_spec_mount(mount, spec.path) for mount in spec.mounts],
         ports=[*publish, *(_spec_port(port) for port in spec.ports if (port.container_port, port.protocol) not in taken)],
         network=spec.network,
-        resources=oci.Resources(
-            memory=spec.resources.memory, cpus=spec.resources.cpus, pids=spec.resources.pids, shm=spec.resources.shm
+        resources=limited(
+            oci.Resources(),
+            memory=spec.resources.memory,
+            cpus=spec.resources.cpus,
+            pids=spec.resources.pids,
+            shm=spec.resources.shm,
         ),
         gpus=spec.gpus,
     )
+
+
+def limited(resources: oci.Resources, **limits: float | None) -> oci.Resources:
+    """Return `resources` with those of `limits` that are given."""
+    return replace(resources, **{name: limit for name, limit in limits.items() if limit is not None})
 
 
 def start_environment(
@@ -176,7 +185,7 @@ def start_environment(
     kernels = paths.private_dir(paths.kernel_dir(container_id))
     undo.callback(shutil.rmtree, kernels, ignore_errors=True)
     options = spec_options(spec, publish=publish)
-    shared = [oci.Mount(source=str(folder), target=str(folder)) for folder in _outermost((*folders, kernels))]
+    shared = [oci.Mount(source=folder, target=PurePosixPath(folder)) for folder in _outermost((*folders, kernels))]
     config = bundle_config(
         image,
         replace(
@@ -221,7 +230,7 @@ def _spec_mount(mount: MountSpec, spec_path: Path) -> oci.Mount:
             hint=f"create it, or change `mounts` in `{spec_path}`",
             code="mount-source-missing",
         )
-    return oci.Mount(source=str(source), target=mount.target, readonly=mount.readonly)
+    return oci.Mount(source=source, target=PurePosixPath(mount.target), readonly=mount.readonly)
 
 
 def _spec_port(port: PortSpec) -> oci.Port:

@@ -7,22 +7,22 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from mlenv.lock.model import DebPackage, Lock, Wheel
-    from mlenv.progress import Progress
 
 
 class HostSources:
     """Answers with addresses; looks them up when the first missing thing is asked for, never for what is stored."""
 
-    def __init__(self, lock: Lock, *, mirror: str | None, progress: Progress) -> None:
-        self._lock, self._mirror, self._progress = lock, mirror, progress
+    def __init__(self, lock: Lock, *, directory: Path, mirror: str | None) -> None:
+        self._lock, self._directory, self._mirror = lock, directory, mirror
 
     @cached_property
     def _wheels(self) -> Mapping[str, str]:
         from mlenv.resolve.wheels import locate
 
-        return locate(self._lock)
+        return locate(self._lock, directory=self._directory)
 
     @cached_property
     def _mirrors(self) -> Mapping[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
+
 import pytest
 
 from mlenv.cli import options
@@ -23,8 +25,8 @@ def test_a_bad_port_names_itself(text):
 
 
 def test_volumes(tmp_path):
-    assert options.volume(f"{tmp_path}:/data:ro") == Mount(source=str(tmp_path), target="/data", readonly=True)
-    assert options.volume(f"{tmp_path}:/data") == Mount(source=str(tmp_path), target="/data", readonly=False)
+    assert options.volume(f"{tmp_path}:/data:ro") == Mount(source=tmp_path, target=PurePosixPath("/data"), readonly=True)
+    assert options.volume(f"{tmp_path}:/data") == Mount(source=tmp_path, target=PurePosixPath("/data"), readonly=False)
 
 
 @pytest.mark.parametrize("text", ["x", "x:", "a:b:rx", "{tmp}/missing:/data", "{tmp}:relative"])

@@ -1,0 +1,12 @@
+"""The core as a fresh process: `python -I -S PATH/__main__.py run --bundle DIR ID`.
+
+Not run with -m, and without site: this file finds its own package, everything else is in `commands`.
+"""
+
+import sys
+
+sys.path.insert(0, __file__.rpartition("/mlenv/container/")[0])
+
+from mlenv.container.commands import main  # noqa: E402 - the path comes first
+
+sys.exit(main(sys.argv[1:]))

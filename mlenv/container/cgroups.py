@@ -1,0 +1,344 @@
+"""Control groups: limits, accounting, and the end of everything a container left running.
+
+A container's group lies below the group that mlenv itself runs in, so limits that are already in force stay so.
+v1: one directory per controller; v2: one directory; where neither can be written the container runs without, and
+`Group.problems` says which limit is not in force.
+
+Source: Documentation/admin-guide/cgroup-v1, cgroup-v2.rst; OCI runtime-spec 1.0.2 config-linux.md "Control groups".
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from mlenv.errors import ContainerError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+ROOT = "/sys/fs/cgroup"
+V1_CONTROLLERS = ("cpu", "cpuacct", "cpuset", "devices", "freezer", "memory", "pids")
+_MAX = "max"
+_CPU_SHARES_MAX = 262144
+
+
+class Group:
+    """A container's control groups: directories by controller (v1), or one under the empty name (v2)."""
+
+    __slots__ = ("directories", "problems", "version")
+
+    def __init__(self, version: int, directories: dict[str, str], problems: list[str] | None = None) -> None:
+        self.version = version
+        self.directories = directories
+        self.problems = problems if problems is not None else []
+
+    def members(self) -> list[tuple[str, str]]:
+        """Return (controller, directory) of each."""
+        return list(self.directories.items())
+
+    def join(self, pid: int) -> None:
+        """Move the process `pid` in. A process that has ended is no error."""
+        for controller, directory in self.directories.items():
+            try:
+                _write(os.path.join(directory, "cgroup.procs"), str(pid))
+            except ProcessLookupError:
+                return
+            except OSError as error:
+                self.problems.append(f"cgroup {controller or 'v2'}: {error.strerror}")
+
+    def open_members(self) -> list[int]:
+        """Return the files that take members, opened: they still work after a change of user namespace."""
+        opened = []
+        for directory in self.directories.values():
+            try:
+                opened.append(os.open(os.path.join(directory, "cgroup.procs"), os.O_WRONLY | os.O_CLOEXEC))
+            except OSError as error:
+                self.problems.append(f"{directory}: {error.strerror}")
+        return opened
+
+    def pids(self) -> list[int]:
+        """Return every process in the group or below it."""
+        for directory in self.directories.values():
+            found: list[int] = []
+            for parent, _, files in os.walk(directory):
+                if "cgroup.procs" in files:
+                    found += [int(line) for line in _read(os.path.join(parent, "cgroup.procs")).split()]
+            return found
+        return []
+
+    def kill(self) -> None:
+        """Send SIGKILL to every process of the group, in a loop until a pass finds none, so none can fork away."""
+        if self.version == 2:  # noqa: PLR2004 - the version
+            try:
+                _write(os.path.join(self.directories[""], "cgroup.kill"), "1")
+            except OSError:  # before Linux 5.14: one by one
+                self._kill_each()
+            return
+        frozen = self._freeze("FROZEN")
+        self._kill_each()
+        if frozen:
+            self._freeze("THAWED")
+
+    def _freeze(self, state: str) -> bool:
+        directory = self.directories.get("freezer")
+        if directory is None:
+            return False
+        try:
+            _write(os.path.join(directory, "freezer.state"), state)
+        except OSError:
+            return False
+        return True
+
+    def _kill_each(self) -> None:
+        killed: set[int] = set()
+        while True:
+            remaining = [pid for pid in self.pids() if pid not in killed and pid != os.getpid()]
+            if not remaining:
+                return
+            for pid in remaining:
+                killed.add(pid)
+                try:
+                    os.kill(pid, 9)
+                except (ProcessLookupError, PermissionError):
+                    continue
+
+    def out_of_memory_kills(self) -> int:
+        """Return how many processes the kernel killed for memory; to be read before `remove`."""
+        name = "memory.events" if self.version == 2 else "memory.oom_control"  # noqa: PLR2004
+        directory = self.directories.get("" if self.version == 2 else "memory")  # noqa: PLR2004
+        if directory is None:
+            return 0
+        for line in _read(os.path.join(directory, name)).splitlines():
+            key, _, value = line.partition(" ")
+            if key == "oom_kill":
+                return int(value)
+        return 0
+
+    def remove(self) -> list[str]:
+        """Delete the directories, and return those that something still holds."""
+        held = []
+        for directory in self.directories.values():
+            try:
+                _remove_tree(directory)
+            except OSError as error:
+                if error.errno != errno.ENOENT:
+                    held.append(f"{directory}: {error.strerror}")
+        return held
+
+
+def _remove_tree(directory: str) -> None:
+    """Remove a group and those made below it. A group is empty a moment after its last process is reaped."""
+    try:
+        os.rmdir(directory)
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return
+        for entry in os.scandir(directory):
+            if entry.is_dir(follow_symlinks=False):
+                _remove_tree(entry.path)
+        os.rmdir(directory)
+
+
+def _write(path: str, value: str) -> None:
+    file_fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(file_fd, value.encode())
+    finally:
+        os.close(file_fd)
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="ascii") as file:  # noqa: PTH123 - pathlib costs 10 ms
+            return file.read()
+    except OSError:
+        return ""
+
+
+def own_paths() -> dict[str, str]:
+    """Return this process's group path by controller; v2's has the empty name. Source: cgroups(7)."""
+    paths: dict[str, str] = {}
+    for line in _read("/proc/self/cgroup").splitlines():
+        _, names, path = line.split(":", 2)
+        for name in names.split(","):
+            paths[name] = path
+    return paths
+
+
+def mode() -> str:
+    """Return `v1`, `v2` or `none`: what is mounted on this host."""
+    if os.path.exists(f"{ROOT}/cgroup.controllers"):
+        return "v2"
+    if any(os.path.isdir(f"{ROOT}/{controller}") for controller in V1_CONTROLLERS):
+        return "v1"
+    return "none"
+
+
+def create(container_id: str, resources: Mapping[str, Any], *, path: str | None = None) -> Group:
+    """Make the container's groups and set its limits.
+
+    `path` is OCI's cgroupsPath. Raises: ContainerError for a limit that the kernel refuses as wrong; a limit that
+    cannot be set here is a problem of the group, not an error.
+    """
+    kind = mode()
+    name = path or f"mlenv-{container_id[:12]}"
+    if kind == "none":
+        return Group(0, {}, _unmet(resources, "no cgroups are mounted"))
+    group = _create_v2(name, resources) if kind == "v2" else _create_v1(name, resources)
+    try:
+        _limit(group, resources)
+    except BaseException:
+        group.remove()
+        raise
+    return group
+
+
+def _create_v1(name: str, resources: Mapping[str, Any]) -> Group:
+    own = own_paths()
+    group = Group(1, {})
+    pins_cpus = {"cpus", "mems"} <= set(resources.get("cpu", {}))  # a cpuset without both takes no process
+    refused = ""
+    for controller in V1_CONTROLLERS:
+        base = f"{ROOT}/{controller}"
+        if not os.path.isdir(base) or (controller == "cpuset" and not pins_cpus):
+            continue
+        below = "" if name.startswith("/") else own.get(controller, "/").rstrip("/")
+        directory = f"{base}{below}/{name.lstrip('/')}"
+        try:
+            os.makedirs(directory, 0o755, exist_ok=True)
+        except OSError as error:
+            refused = f"{base}{below or '/'} cannot be written: {error.strerror}"
+            continue
+        group.directories[controller] = directory
+    if refused and not group.directories:
+        group.problems += _unmet(resources, refused)
+    return group
+
+
+def _create_v2(name: str, resources: Mapping[str, Any]) -> Group:
+    own = own_paths().get("", "/").rstrip("/")
+    below = "" if name.startswith("/") else own
+    candidates = [below] if below == "" else [below, below.rpartition("/")[0], ""]
+    refused = ""
+    for parent in candidates:
+        directory = f"{ROOT}{parent}/{name.lstrip('/')}"
+        try:
+            os.makedirs(directory, 0o755, exist_ok=True)
+            _write(os.path.join(directory, "cgroup.procs"), "")
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # EINVAL: it can be written, an empty line is no process
+                refused = refused or f"{ROOT}{parent or '/'} cannot be written: {error.strerror}"
+                _discard(directory)
+                continue
+        _enable_controllers(f"{ROOT}{parent}")
+        return Group(2, {"": directory})
+    return Group(0, {}, _unmet(resources, refused))
+
+
+def _discard(directory: str) -> None:
+    try:
+        os.rmdir(directory)
+    except OSError:
+        return
+
+
+def _enable_controllers(parent: str) -> None:
+    available = _read(f"{parent}/cgroup.controllers").split()
+    for controller in ("cpu", "memory", "pids"):
+        if controller in available:
+            try:
+                _write(f"{parent}/cgroup.subtree_control", f"+{controller}")
+            except OSError:  # the parent has processes of its own: the limit shows up as a problem below
+                continue
+
+
+def _unmet(resources: Mapping[str, Any], why: str) -> list[str]:
+    wanted = [key for key in ("memory", "cpu", "pids") if resources.get(key)]
+    return [f"{key} is not limited: {why}" for key in wanted]
+
+
+def _limit(group: Group, resources: Mapping[str, Any]) -> None:
+    if not group.directories:
+        return
+    for controller, file, value in limits(group.version, resources):
+        directory = group.directories.get("" if group.version == 2 else controller)  # noqa: PLR2004
+        if directory is None:
+            group.problems.append(f"{controller} is not limited: the controller is not there")
+            continue
+        try:
+            _write(os.path.join(directory, file), value)
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                raise ContainerError(
+                    f"the kernel refuses the limit `{file} = {value}`", cause=str(error.strerror)
+                ) from error
+            group.problems.append(f"{controller} is not limited: {file}: {error.strerror}")
+
+
+def limits(version: int, resources: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Return (controller, file, value) of everything that `resources` asks for."""
+    entries = _memory_limits(version, resources.get("memory", {}))
+    entries += _cpu_limits(version, resources.get("cpu", {}))
+    pids = resources.get("pids", {}).get("limit")
+    if pids is not None:
+        entries.append(("pids", "pids.max", str(pids) if pids > 0 else _MAX))
+    if version == 1:
+        entries += _device_rules(resources.get("devices", ()))
+    return entries
+
+
+def _memory_limits(version: int, memory: Mapping[str, int]) -> list[tuple[str, str, str]]:
+    files = {
+        1: {"limit": "memory.limit_in_bytes", "reservation": "memory.soft_limit_in_bytes"},
+        2: {"limit": "memory.max", "reservation": "memory.low"},
+    }[version]
+    entries = [("memory", files[key], str(memory[key])) for key in ("limit", "reservation") if key in memory]
+    if "swap" in memory:
+        if version == 1:
+            entries.append(("memory", "memory.memsw.limit_in_bytes", str(memory["swap"])))
+        else:
+            entries.append(("memory", "memory.swap.max", str(memory["swap"] - memory.get("limit", 0))))
+    return entries
+
+
+def _cpu_limits(version: int, cpu: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    entries: list[tuple[str, str, str]] = []
+    if version == 1:
+        names = {"shares": "cpu.shares", "period": "cpu.cfs_period_us", "quota": "cpu.cfs_quota_us"}
+        entries += [("cpu", file, str(cpu[key])) for key, file in names.items() if key in cpu]
+    else:
+        if "quota" in cpu or "period" in cpu:
+            quota = cpu.get("quota", -1)
+            entries.append(("cpu", "cpu.max", f"{quota if quota > 0 else _MAX} {cpu.get('period', 100000)}"))
+        if "shares" in cpu:  # the range 2..262144 onto 1..10000, as every OCI runtime does
+            weight = 1 + (cpu["shares"] - 2) * 9999 // (_CPU_SHARES_MAX - 2)
+            entries.append(("cpu", "cpu.weight", str(weight)))
+    entries += [("cpuset", f"cpuset.{key}", cpu[key]) for key in ("cpus", "mems") if key in cpu]
+    return entries
+
+
+_STANDARD_DEVICES = (
+    "c *:* m",
+    "b *:* m",
+    *(f"c 1:{minor} rwm" for minor in (3, 5, 7, 8, 9)),
+    "c 5:0 rwm",
+    "c 5:1 rwm",
+    "c 5:2 rwm",
+    "c 136:* rwm",
+)
+"""What every container may open: null zero full random urandom tty console ptmx pts; nodes may be made, not opened."""
+
+
+def _device_rules(rules: Any) -> list[tuple[str, str, str]]:
+    entries = []
+    for rule in rules:
+        kind = rule.get("type", "a")
+        numbers = ":".join(str(rule[key]) if rule.get(key, -1) >= 0 else "*" for key in ("major", "minor"))
+        text = "a" if kind == "a" else f"{kind} {numbers} {rule.get('access', 'rwm')}"
+        entries.append(("devices", f"devices.{'allow' if rule.get('allow') else 'deny'}", text))
+    if rules:
+        entries += [("devices", "devices.allow", text) for text in _STANDARD_DEVICES]
+    return entries

@@ -1,0 +1,62 @@
+"""The core's own command line: run a bundle in the foreground, execute in a container, be a container's shim."""
+
+from __future__ import annotations
+
+import os
+
+from mlenv.errors import MlenvError, UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+USAGE = """usage: python -I -S mlenv/container/__main__.py run --bundle DIR [--root DIR] ID
+       python -I -S mlenv/container/__main__.py exec [OPTION...] DIR -- ARG...
+       python -I -S mlenv/container/__main__.py shim [OPTION...] DIR"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit status."""
+    try:
+        return _dispatch(list(arguments))
+    except MlenvError as error:
+        os.write(2, f"{error}\n".encode())
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 130
+
+
+def _dispatch(arguments: list[str]) -> int:
+    command = arguments.pop(0) if arguments else ""
+    if command == "run":
+        from mlenv.container import foreground  # noqa: PLC0415 - a command loads what it needs
+
+        return foreground.run(**_options(arguments))
+    if command == "exec":
+        from mlenv.container import execution  # noqa: PLC0415
+
+        return execution.main(arguments)
+    if command == "shim":
+        from mlenv.container import shim  # noqa: PLC0415
+
+        return shim.main(arguments)
+    raise UsageError(f"no such command: `{command}`", hint=USAGE)
+
+
+def _options(arguments: list[str]) -> dict[str, str]:
+    """Return `--bundle`, `--root` and ID by name."""
+    found = {"bundle": "."}
+    names = []
+    while arguments:
+        word = arguments.pop(0)
+        if word in ("--bundle", "-b", "--root"):
+            if not arguments:
+                raise UsageError(f"`{word}` needs a directory", hint=USAGE)
+            found["root" if word == "--root" else "bundle"] = arguments.pop(0)
+        elif word.startswith("-"):
+            raise UsageError(f"no such option: `{word}`", hint=USAGE)
+        else:
+            names.append(word)
+    if len(names) != 1:
+        raise UsageError("give one container id", hint=USAGE)
+    return {**found, "container_id": names[0]}

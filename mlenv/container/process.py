@@ -1,0 +1,584 @@
+"""From a bundle to a running process: the parent prepares, the child assembles, and they meet at one byte.
+
+    parent                                   child, PID 1 of its namespaces
+    ------                                   ------------------------------
+    fork ----------------------------------> new mount, ipc, uts and network namespaces
+    (rootless: map the users first)          "ready"
+    put it in its cgroup, set up its network assemble the root: nothing here needs the parent
+    "go" ----------------------------------> cgroup namespace, pivot, terminal, privileges
+    the channel's end                    <-- exec: the channel closes with it, or carries the error before
+
+If the parent ends before "go" the child reads the end of the channel and leaves. Errors travel as data: the step, the
+errno and the exit status Docker has for it. In the child nothing is imported after `rootfs.enter`.
+"""
+
+from __future__ import annotations
+
+import _signal
+import _socket
+import array
+import errno
+import os
+import sys
+
+from mlenv.container import mounts, namespaces, record, rootfs, security, syscalls
+from mlenv.errors import ContainerStartError, MlenvError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any, NoReturn
+
+    from mlenv.container.bundle import Bundle
+    from mlenv.container.cgroups import Group
+    from mlenv.container.namespaces import IdMap
+
+_MESSAGE_MAX = 65536
+_EXIT_FAILED = 125
+_EXIT_NOT_EXECUTABLE = 126
+_EXIT_NOT_FOUND = 127
+_SIGKILL = 9
+_NOT_FOUND = (errno.ENOENT, errno.ENOTDIR)
+INIT_BINARY = os.path.join(os.path.dirname(__file__), "init")
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+class Channel:
+    """One end of a socket between parent and child: messages with a kind, a text and perhaps a descriptor."""
+
+    __slots__ = ("socket",)
+
+    def __init__(self, socket: _socket.socket) -> None:
+        self.socket = socket
+
+    @staticmethod
+    def pair() -> tuple[Channel, Channel]:
+        """Return two connected ends, close-on-exec."""
+        ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
+        return Channel(ours), Channel(theirs)
+
+    def send(self, kind: str, text: str = "", descriptor: int | None = None) -> None:
+        """Send a message. Raises: BrokenPipeError where the other end is gone."""
+        ancillary = []
+        if descriptor is not None:
+            rights = array.array("i", [descriptor]).tobytes()
+            ancillary.append((_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights))
+        self.socket.sendmsg([f"{kind} {text}".encode()], ancillary, _socket.MSG_NOSIGNAL)
+
+    def receive(self) -> tuple[str, str, int | None]:
+        """Return the next message; the kind is empty at the end of the channel."""
+        data, ancillary, _, _ = self.socket.recvmsg(
+            _MESSAGE_MAX, _socket.CMSG_SPACE(4), getattr(_socket, "MSG_CMSG_CLOEXEC", 0x40000000)
+        )
+        descriptor = None
+        for level, kind, rights in ancillary:
+            if level == _socket.SOL_SOCKET and kind == _socket.SCM_RIGHTS:
+                descriptor = int.from_bytes(rights[:4], sys.byteorder)
+        word, _, text = data.decode(errors="surrogateescape").partition(" ")
+        return word, text, descriptor
+
+    def close(self) -> None:
+        """Close this end."""
+        self.socket.close()
+
+
+class Started:
+    """A container's PID 1 that runs: its host pid, the pty's master where it has one, and the map in force."""
+
+    __slots__ = ("id_map", "pid", "terminal_fd")
+
+    def __init__(self, pid: int, terminal_fd: int | None, id_map: IdMap) -> None:
+        self.pid = pid
+        self.terminal_fd = terminal_fd
+        self.id_map = id_map
+
+
+class Plan:
+    """All that is decided before the fork."""
+
+    __slots__ = ("bundle", "group", "id_map", "init_fd", "mounts", "privileges", "stdio")
+
+    def __init__(
+        self, bundle: Bundle, group: Group, id_map: IdMap, stdio: Sequence[int] = (0, 1, 2)
+    ) -> None:
+        self.bundle = bundle
+        self.group = group
+        self.id_map = id_map
+        self.stdio = tuple(stdio)
+        self.mounts = mounts.read_mounts(bundle.config.get("mounts", ()), bundle.path)
+        self.privileges = security.Privileges(bundle.process, bundle.linux)
+        self.init_fd = sealed_init() if bundle.wants_init else None
+
+
+def start(plan: Plan, *, connect: Callable[[int], None] | None = None) -> Started:
+    """Start the bundle's process and return once its program has been executed.
+
+    `connect` is called with PID 1's host pid when its network namespace is there and before anything runs in it.
+    Raises: ContainerStartError with 125, 126 or 127; whatever `connect` raises. Nothing of the child is left then.
+    """
+    rootfs.prepare_directories(plan.bundle, plan.mounts)
+    ours, theirs = Channel.pair()
+    pid = -1
+    try:
+        pid, id_map = _fork(plan, ours, theirs)
+        _expect(ours, "ready")
+        plan.group.join(pid)
+        if connect is not None:
+            connect(pid)
+        ours.send("go")
+        terminal_fd = _finish(ours)
+    except BaseException as error:
+        _end(pid)
+        if isinstance(error, (BrokenPipeError, ConnectionResetError)):
+            raise _reported(ours) from error
+        raise
+    finally:
+        theirs.close()
+        ours.close()
+    return Started(pid, terminal_fd, id_map)
+
+
+def _end(pid: int) -> None:
+    if pid > 0:
+        try:
+            os.kill(pid, _SIGKILL)
+            os.waitpid(pid, 0)
+        except (ProcessLookupError, ChildProcessError):
+            return
+
+
+def _fork(plan: Plan, ours: Channel, theirs: Channel) -> tuple[int, IdMap]:
+    """Fork PID 1 of a new pid namespace and return its host pid and the user map in force."""
+    if plan.id_map.needs_namespace:
+        return _fork_mapped(plan, ours, theirs)
+    kinds = plan.bundle.namespaces
+    if "pid" not in kinds:
+        return _fork_into(plan, ours, theirs), plan.id_map
+    own_fd = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if kinds["pid"]:
+            namespaces.join("pid", kinds["pid"])
+        else:
+            syscalls.unshare(syscalls.CLONE_NEWPID)
+        try:
+            pid = _fork_into(plan, ours, theirs)
+        finally:
+            syscalls.setns(own_fd, syscalls.CLONE_NEWPID)
+    finally:
+        os.close(own_fd)
+    return pid, plan.id_map
+
+
+def _fork_into(plan: Plan, ours: Channel, theirs: Channel) -> int:
+    pid = os.fork()
+    if pid == 0:
+        ours.close()
+        _run_child(plan, theirs)
+    theirs.close()
+    return pid
+
+
+def _fork_mapped(plan: Plan, ours: Channel, theirs: Channel) -> tuple[int, IdMap]:
+    """Fork through a middle process that makes the user namespace, has it mapped and starts PID 1 in it."""
+    syscalls.set_child_subreaper()
+    middle = os.fork()
+    if middle == 0:
+        ours.close()
+        _run_middle(plan, theirs)
+    theirs.close()
+    try:
+        _expect(ours, "user")
+        id_map = namespaces.write_map(plan.id_map, middle)
+        ours.send("mapped", id_map.mode)
+        pid = int(_expect(ours, "pid"))
+    except BaseException:
+        _end(middle)
+        raise
+    os.waitpid(middle, 0)
+    return pid, id_map
+
+
+def _run_middle(plan: Plan, channel: Channel) -> NoReturn:
+    try:
+        try:
+            namespaces_path = plan.bundle.namespaces.get("user")
+            if namespaces_path:
+                namespaces.join("user", namespaces_path)
+            else:
+                syscalls.unshare(syscalls.CLONE_NEWUSER)
+        except OSError as error:
+            raise _user_namespace_refused(error) from error
+        channel.send("user")
+        mode = _expect(channel, "mapped")
+        if mode != plan.id_map.mode:
+            plan.id_map = namespaces.single(os.geteuid(), os.getegid(), "")
+        os.setresgid(0, 0, 0)
+        os.setresuid(0, 0, 0)
+        if "pid" in plan.bundle.namespaces:
+            syscalls.unshare(syscalls.CLONE_NEWPID)
+        pid = os.fork()
+        if pid == 0:
+            _run_child(plan, channel)
+        channel.send("pid", str(pid))
+        os._exit(0)
+    except BaseException as error:  # noqa: BLE001 - everything is told to the parent
+        _tell(channel, error)
+    os._exit(_EXIT_FAILED)
+
+
+def _user_namespace_refused(error: OSError) -> ContainerStartError:
+    return ContainerStartError(
+        "this host lets ordinary users make no user namespace",
+        cause=str(error),
+        hint="as root: sysctl -w kernel.unprivileged_userns_clone=1 user.max_user_namespaces=15000"
+        " kernel.apparmor_restrict_unprivileged_userns=0",
+    )
+
+
+def _run_child(plan: Plan, channel: Channel) -> NoReturn:
+    """Become the container's process; never returns."""
+    try:
+        _assemble_and_execute(plan, channel)
+    except BaseException as error:  # noqa: BLE001 - everything is told to the parent
+        _tell(channel, error)
+    os._exit(_EXIT_FAILED)
+
+
+def _assemble_and_execute(plan: Plan, channel: Channel) -> None:
+    bundle, process = plan.bundle, plan.bundle.process
+    os.setsid()
+    _own_stdio(plan, channel)
+    syscalls.set_dumpable(0)
+    _enter_namespaces(bundle)
+    channel.send("ready")
+    root_fd = rootfs.assemble(
+        bundle,
+        plan.mounts,
+        plan.group.members(),
+        in_user_namespace=plan.id_map.needs_namespace,
+        mapped_gids=plan.id_map.gid_count,
+    )
+    _name_host(bundle)
+    identity = read_identity(bundle, root_fd)
+    _expect(channel, "go")
+    if "cgroup" in bundle.namespaces:
+        _enter("cgroup", bundle.namespaces["cgroup"])
+    if process.get("terminal"):
+        channel.send("terminal", "", open_terminal(root_fd, process.get("consoleSize"), console=True))
+    _set_kernel_parameters(bundle)
+    rootfs.restrict(bundle, root_fd)
+    rootfs.enter(root_fd)
+    if not process.get("terminal"):
+        _clear_controlling_terminal()
+    _score_out_of_memory(process.get("oomScoreAdj"))
+    execute(
+        channel,
+        process,
+        identity,
+        plan.privileges,
+        can_set_groups=plan.id_map.mode != "single",
+        init_fd=plan.init_fd,
+        dies_with_parent=True,
+    )
+
+
+def _own_stdio(plan: Plan, channel: Channel) -> None:
+    """Put the container's streams on 0, 1, 2 and close every descriptor that is not needed."""
+    keep = {channel.socket.fileno()}
+    if plan.init_fd is not None:
+        keep.add(plan.init_fd)
+    copies = [os.dup(descriptor) if descriptor > 2 else descriptor for descriptor in plan.stdio]  # noqa: PLR2004
+    if tuple(copies) != (0, 1, 2):
+        high = [os.dup(descriptor) for descriptor in copies]
+        for target, descriptor in enumerate(high):
+            os.dup2(descriptor, target, inheritable=True)
+    for descriptor in (0, 1, 2):
+        os.set_inheritable(descriptor, True)
+    first = 3
+    for descriptor in sorted(keep):
+        if descriptor > first:
+            syscalls.close_range(first, descriptor - 1)
+        first = descriptor + 1
+    syscalls.close_range(first)
+
+
+def _enter_namespaces(bundle: Bundle) -> None:
+    fresh = 0
+    for kind, path in bundle.namespaces.items():
+        if kind in ("mount", "ipc", "uts", "network"):
+            if path:
+                namespaces.join(kind, path)
+            else:
+                fresh |= namespaces.FLAGS[kind]
+    if fresh:
+        syscalls.unshare(fresh)
+    if fresh & syscalls.CLONE_NEWNET:
+        namespaces.bring_loopback_up()
+
+
+def _enter(kind: str, path: str | None) -> None:
+    if path:
+        namespaces.join(kind, path)
+    else:
+        syscalls.unshare(namespaces.FLAGS[kind])
+
+
+def _name_host(bundle: Bundle) -> None:
+    if "hostname" in bundle.config:
+        _socket.sethostname(bundle.config["hostname"])
+
+
+def _set_kernel_parameters(bundle: Bundle) -> None:
+    for key, value in bundle.linux.get("sysctl", {}).items():
+        with open(f"/proc/sys/{key.replace('.', '/')}", "w", encoding="ascii") as file:  # noqa: PTH123
+            file.write(value)
+
+
+def _clear_controlling_terminal() -> None:
+    """`setsid` has done it; what is left open on 0, 1 and 2 is the caller's business."""
+
+
+def _score_out_of_memory(score: int | None) -> None:
+    if score is not None:
+        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:  # noqa: PTH123
+            file.write(str(score))
+
+
+def read_identity(bundle: Bundle, root_fd: int) -> security.Identity:
+    """Return who the process is, by the files in the root where the bundle gives a name."""
+    user = bundle.process.get("user", {})
+    numbers = f"{user.get('uid', 0)}:{user.get('gid', 0)}"
+    name = bundle.annotations.get("dev.mlenv.user")
+    passwd = _root_file(root_fd, "/etc/passwd")
+    identity = security.look_up(name or numbers, passwd, _root_file(root_fd, "/etc/group") if name else b"")
+    identity.groups += user.get("additionalGids", ())
+    return identity
+
+
+def _root_file(root_fd: int, path: str) -> bytes:
+    try:
+        file_fd = mounts.open_in_root(root_fd, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:  # an image without it has no names
+        return b""
+    with os.fdopen(file_fd, "rb") as file:
+        return file.read(1 << 20)
+
+
+def open_terminal(root_fd: int, size: dict[str, int] | None, *, console: bool) -> int:
+    """Make a pty of the container's own devpts our terminal and return its master."""
+    import fcntl  # noqa: PLC0415 - before the pivot
+    import termios  # noqa: PLC0415
+
+    from mlenv.container import devices  # noqa: PLC0415
+
+    unlock, get_number, set_controlling = 0x40045431, 0x80045430, 0x540E
+    master_fd = mounts.open_in_root(root_fd, "/dev/pts/ptmx", os.O_RDWR | os.O_NOCTTY)
+    fcntl.ioctl(master_fd, unlock, bytes(4))
+    number = int.from_bytes(fcntl.ioctl(master_fd, get_number, bytes(4)), sys.byteorder)
+    slave = f"/dev/pts/{number}"
+    slave_fd = mounts.open_in_root(root_fd, slave, os.O_RDWR | os.O_NOCTTY)
+    if size:
+        window = b"".join(size[key].to_bytes(2, sys.byteorder) for key in ("height", "width")) + bytes(4)
+        fcntl.ioctl(master_fd, termios.TIOCSWINSZ, window)
+    if console:
+        devices.add_console(root_fd, slave)
+    for descriptor in (0, 1, 2):
+        os.dup2(slave_fd, descriptor, inheritable=True)
+    if slave_fd > 2:  # noqa: PLR2004 - the standard streams
+        os.close(slave_fd)
+    fcntl.ioctl(0, set_controlling, 0)
+    return master_fd
+
+
+def execute(
+    channel: Channel,
+    process: dict[str, Any],
+    identity: security.Identity,
+    privileges: security.Privileges,
+    *,
+    can_set_groups: bool,
+    init_fd: int | None,
+    dies_with_parent: bool,
+) -> None:
+    """Give up what the process shall not have and execute it; returns only by raising.
+
+    Raises: OSError of the call that failed; ContainerStartError for a program that cannot be executed.
+    """
+    environment = _environment(process, identity)
+    security.become(identity, privileges, can_set_groups=can_set_groups, umask=process.get("user", {}).get("umask"))
+    _change_directory(process["cwd"])
+    _reset_signals()
+    arguments = process["args"]
+    program = find_program(arguments[0], environment.get("PATH", DEFAULT_PATH))
+    if dies_with_parent:
+        syscalls.set_parent_death_signal(_SIGKILL)
+    if init_fd is not None:
+        _execute_init(init_fd, channel, program, arguments, environment)
+    channel.send("exec")
+    try:
+        os.execve(program, arguments, environment)
+    except OSError as error:
+        raise not_executable(program, error) from error
+
+
+def _environment(process: dict[str, Any], identity: security.Identity) -> dict[str, str]:
+    environment = dict(entry.split("=", 1) for entry in process.get("env", ()))
+    if "HOME" not in environment:
+        environment["HOME"] = identity.home or "/"
+    if process.get("terminal"):
+        environment.setdefault("TERM", "xterm")
+    return environment
+
+
+def _change_directory(path: str) -> None:
+    try:
+        os.chdir(path)
+    except OSError as error:
+        raise ContainerStartError(
+            f"cannot enter the working directory `{path}`", cause=error.strerror or str(error)
+        ) from error
+
+
+def _reset_signals() -> None:
+    """Give the program default signals and none blocked; Python ignores two of them."""
+    _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
+    for number in range(1, _signal.NSIG):
+        if _signal.getsignal(number) is not _signal.SIG_DFL:
+            try:
+                _signal.signal(number, _signal.SIG_DFL)
+            except (OSError, ValueError):  # KILL, STOP and the C library's own
+                continue
+
+
+def find_program(name: str, path: str) -> str:
+    """Return the file that execvp would run. Raises: ContainerStartError 127 or 126."""
+    if "/" in name:
+        return name
+    denied: OSError | None = None
+    for directory in path.split(":"):
+        candidate = f"{directory or '.'}/{name}"
+        try:
+            mode = os.stat(candidate).st_mode
+        except OSError as error:
+            if error.errno not in _NOT_FOUND:
+                denied = error
+            continue
+        if mode & 0o170000 == 0o100000 and os.access(candidate, os.X_OK):
+            return candidate
+        denied = PermissionError(errno.EACCES, "it is no executable file", candidate)
+    if denied is not None:
+        raise not_executable(name, denied)
+    raise ContainerStartError(
+        f"the container has no program `{name}`", cause=f"it is in none of {path}", status=_EXIT_NOT_FOUND
+    )
+
+
+def not_executable(program: str, error: OSError) -> ContainerStartError:
+    """Return the error for a program that execve refused: 127 where it is not there, 126 else."""
+    status = _EXIT_NOT_FOUND if error.errno in _NOT_FOUND else _EXIT_NOT_EXECUTABLE
+    return ContainerStartError(f"cannot execute `{program}`", cause=error.strerror or str(error), status=status)
+
+
+def sealed_init() -> int | None:
+    """Return mlenv's static init in a sealed memory file, or None where it was not built.
+
+    The container's PID 1 then executes no file of the host: nothing can be overwritten through /proc/1/exe.
+    """
+    import fcntl  # noqa: PLC0415
+
+    try:
+        source_fd = os.open(INIT_BINARY, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    memory_fd = os.memfd_create("mlenv-init", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.sendfile(memory_fd, source_fd, 0, os.fstat(source_fd).st_size)
+    finally:
+        os.close(source_fd)
+    add_seals, everything = 1033, 0xF
+    fcntl.fcntl(memory_fd, add_seals, everything)
+    return memory_fd
+
+
+def _execute_init(
+    init_fd: int, channel: Channel, program: str, arguments: Sequence[str], environment: dict[str, str]
+) -> NoReturn:
+    """Execute the static init; it forks the program and reports an exec that fails through the channel."""
+    channel_fd = channel.socket.fileno()
+    os.set_inheritable(channel_fd, True)
+    channel.send("exec")
+    os.execve(init_fd, ["mlenv-init", str(channel_fd), program, *arguments], environment)
+
+
+def _tell(channel: Channel, error: BaseException) -> None:
+    """Send an error to the parent."""
+    if isinstance(error, MlenvError):
+        fields = {
+            "message": error.message,
+            "cause": error.cause,
+            "hint": error.hint,
+            "status": getattr(error, "exit_status", _EXIT_FAILED),
+        }
+    else:
+        fields = {"message": "the container could not be set up", "cause": f"{error}" or type(error).__name__}
+    try:
+        channel.send("error", record.serialise(fields).decode())
+    except OSError:  # the parent is gone: nobody is left to tell
+        os._exit(_EXIT_FAILED)
+
+
+def _expect(channel: Channel, kind: str) -> str:
+    """Return the text of the next message, which must be of `kind`.
+
+    Raises: ContainerStartError with what the other side reported, or that it ended.
+    """
+    word, text, _ = channel.receive()
+    if word == kind:
+        return text
+    raise _as_error(word, text)
+
+
+def _as_error(word: str, text: str) -> ContainerStartError:
+    if word == "error":
+        fields = record.parse(text)
+        return ContainerStartError(
+            fields["message"], cause=fields["cause"], hint=fields.get("hint"), status=fields.get("status", 125)
+        )
+    if word == "init-error":
+        number, _, program = text.partition(" ")
+        return not_executable(program, OSError(int(number), os.strerror(int(number))))
+    what = f"it said `{word}`" if word else "it ended without a word"
+    return ContainerStartError("the container's first process failed", cause=what)
+
+
+def _reported(channel: Channel) -> ContainerStartError:
+    """Return what the child said before the channel broke."""
+    while True:
+        word, text, _ = channel.receive()
+        if word in ("error", "init-error", ""):
+            return _as_error(word, text)
+
+
+def _finish(channel: Channel) -> int | None:
+    """Wait until the program has been executed; return the pty's master where there is one."""
+    terminal_fd = None
+    executed = False
+    while True:
+        word, text, descriptor = channel.receive()
+        if word == "terminal":
+            terminal_fd = descriptor
+        elif word == "exec":
+            executed = True
+        elif not word and executed:
+            return terminal_fd
+        else:
+            if terminal_fd is not None:
+                os.close(terminal_fd)
+            raise _as_error(word, text)
+
+
+def exit_status(wait_status: int) -> int:
+    """Return the status a shell would show: 128 + the signal's number for a killed process."""
+    if os.WIFSIGNALED(wait_status):
+        return 128 + os.WTERMSIG(wait_status)
+    return os.WEXITSTATUS(wait_status)

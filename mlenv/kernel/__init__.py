@@ -1,0 +1,1 @@
+"""Jupyter kernels that run in the containers of environments, and the kernelspecs that name them."""

@@ -1,0 +1,88 @@
+"""The private directory of one kernel: its five Unix sockets and its connection file.
+
+The directory is mounted into the container at the same path, so a name means the same on both sides. A kernel
+gets a connection file of its own there, because old kernels rewrite theirs and cannot see the front end's.
+Source: jupyter_client documentation, "Connection files"; zmq_ipc(7).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mlenv import paths
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+CHANNELS = ("shell", "iopub", "stdin", "control", "hb")
+"""The channels of a kernel, as the `*_port` keys of a connection file name them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Connection:
+    """Where one kernel listens and how its messages are signed.
+
+    `directory` is the same inside and outside. `first_port` numbers the sockets: `s-PORT` to `s-PORT+4`.
+    `signing` holds the front end's other keys (`key`, `signature_scheme`, `curve_*`) as text.
+    """
+
+    directory: Path
+    first_port: int
+    signing: Mapping[str, str]
+
+    @property
+    def file(self) -> Path:
+        """The kernel's own connection file."""
+        return self.directory / "connection.json"
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """The number of each channel's socket."""
+        return {channel: self.first_port + place for place, channel in enumerate(CHANNELS)}
+
+    def socket(self, channel: str) -> Path:
+        """Return the path of a channel's socket, made as libzmq makes it from `ip` and port."""
+        return self.directory / f"s-{self.ports[channel]}"
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The connection file as JSON holds it."""
+        ports = {f"{channel}_port": port for channel, port in self.ports.items()}
+        return {**self.signing, "transport": "ipc", "ip": str(self.directory / "s"), **ports}
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the kernel listens on all its sockets."""
+        return all(self.socket(channel).exists() for channel in CHANNELS)
+
+    def prepare(self) -> None:
+        """Write the connection file and remove the sockets of a kernel that was here before."""
+        self.directory.mkdir(mode=0o700, exist_ok=True)
+        for channel in CHANNELS:
+            self.socket(channel).unlink(missing_ok=True)
+        descriptor = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(self.document, file)
+
+    def remove(self) -> None:
+        """Remove the directory with everything in it, if it is still there."""
+        with suppress(FileNotFoundError):
+            shutil.rmtree(self.directory)
+
+
+def new_connection(container_id: str, signing: Mapping[str, str]) -> Connection:
+    """Make a directory for one kernel of a container and return its connection."""
+    parent = paths.private_dir(paths.kernel_dir(container_id))
+    name = secrets.token_hex(4)
+    (parent / name).mkdir(mode=0o700)
+    # Numbers differ between kernels, because jupyter_server tells by them that a restarted kernel moved.
+    return Connection(
+        directory=parent / name, first_port=1 + 5 * secrets.randbelow(1 << 14), signing=dict(signing)
+    )

@@ -1,7 +1,7 @@
 """The one way a value is written as JSON: equal values give equal bytes, a changed package changes one line.
 
-Keys are sorted, objects are indented by two, each element of a list stands on a line of its own, absent (None)
-fields are left out, everything is ASCII, and the last line ends.
+Keys are sorted, objects are indented by two, each element of a list stands on a line of its own, absent
+(None) fields are left out, everything is ASCII, and the last line ends.
 """
 
 from __future__ import annotations

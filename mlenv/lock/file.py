@@ -1,7 +1,7 @@
 """`NAME.lock.json`: read a lock as untrusted input, write it whole or not at all.
 
-A lock comes with a repository that somebody else wrote, so every field is checked (`mlenv.lock.parse`) before a
-path is joined or a file fetched: types, digests, and that no name leads out of the directory it is used in.
+A lock comes with a repository that somebody else wrote, so every field is checked (`mlenv.lock.parse`) before
+a path is joined or a file fetched: types, digests, and that no name leads out of the directory it is used in.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class TorchLock:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wheel:
-    """One wheel: `sha256` in hex, `size` in bytes; `path`: source of a local package, relative to the spec."""
+    """One wheel: `sha256` in hex, `size` in bytes; `path`: a local package's source, seen from the spec."""
 
     name: str
     version: str

@@ -53,18 +53,13 @@ def search_path(cwd: Path) -> list[Path]:
     return [directory for directory in candidates if unique[os.path.realpath(directory)] is directory]
 
 
-def specs(cwd: Path) -> list[tuple[str, Path]]:
-    """Return every name that can be used in `cwd` with the file it means, sorted by name."""
+def catalog(cwd: Path | None = None) -> list[tuple[str, Path]]:
+    """Return every name that can be used in `cwd` (else the current directory) with the file it means, by name."""
     found: dict[str, Path] = {}
-    for directory in search_path(cwd):
+    for directory in search_path(cwd or Path.cwd()):
         for path in _specs_in(directory):
             found.setdefault(path.stem, path)
     return sorted(found.items())
-
-
-def catalog() -> list[tuple[str, Path]]:
-    """Return the specs that ship with mlenv, by name."""
-    return [(path.stem, path) for path in _specs_in(paths.catalog_dir())]
 
 
 def display(path: Path) -> str:
@@ -138,7 +133,7 @@ def _several(folder: Path, found: list[Path]) -> SpecNotFoundError:
 
 def _unknown_name(name: str, *, cwd: Path) -> SpecNotFoundError:
     looked = "\n".join(str(directory) for directory in search_path(cwd))
-    known = [known_name for known_name, _ in specs(cwd)]
+    known = [known_name for known_name, _ in catalog(cwd)]
     if os.path.isdir(cwd / name):  # noqa: PTH112 - as above
         hint = f"for the directory write `./{name}`"
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
@@ -19,18 +18,20 @@ from mlenv.spec.model import (
     Spec,
 )
 from mlenv.spec.nodes import Mapping, Node, Place, Scalar, Sequence
+from mlenv.spec.sources import is_directory, is_file
 from mlenv.spec.values import BadValueError, did_you_mean, parse_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from mlenv.spec.reader import Document
 
 _PARTS: dict[str, type[BaseModel]] = {
+    "resources": ResourceSpec,
     "base": BaseSpec,
     "mounts": MountSpec,
     "gpus": GpuRequest,
-    "resources": ResourceSpec,
     "kernel": KernelSpec,
 }
 
@@ -78,14 +79,14 @@ def keys_of(model: type[BaseModel]) -> list[str]:
     return [field.alias or name for name, field in model.model_fields.items()]
 
 
-def _fault(root: Mapping, error: Any) -> Fault:
+def _fault(root: Mapping, error: Any) -> Fault:  # noqa: PLR0911 - a table of kinds
     """Return one of pydantic's errors as a fault."""
     location: tuple[str | int, ...] = error["loc"]
     node, path, key_place = _find(root, location)
     label = _label(path)
     match error["type"]:
         case "extra_forbidden":
-            return _unknown_key(node, path, key_place or node.place)
+            return _unknown_key(path, key_place or node.place)
         case "missing":
             return _at(node.place, f"{label or 'this'} has no `{location[-1]}`", f"add `{location[-1]}:`")
         case _ if location[-1:] == ("[key]",):
@@ -138,8 +139,8 @@ def _kind(node: Node) -> str:
     return "a list" if isinstance(node, Sequence) else "a mapping"
 
 
-def _unknown_key(node: Node, path: tuple[str | int, ...], place: Place) -> Fault:
-    """Return the fault of a key that no one reads, with the nearest that is read or the place where it belongs."""
+def _unknown_key(path: tuple[str | int, ...], place: Place) -> Fault:
+    """Return the fault of a key that no one reads, with the nearest that is, or where it belongs."""
     key = str(path[-1])
     parent = path[:-1]
     model = _PARTS[str(parent[0])] if parent else Spec
@@ -151,18 +152,17 @@ def _unknown_key(node: Node, path: tuple[str | int, ...], place: Place) -> Fault
     elif near := did_you_mean(key, keys):
         hint = near
     elif homes:
-        hint = f"it belongs below `{homes[0]}:`"
+        hint = "it belongs below " + " or ".join(f"`{home}:`" for home in homes)
     elif parent and key in keys_of(Spec):
         hint = "it belongs to the top level"
     else:
         hint = "known here: " + ", ".join(keys)
     where = f" in {_label(parent)}" if parent else ""
-    del node
     return _at(place, f"unknown key {quote(key)}{where}", hint)
 
 
 def _find(root: Mapping, location: tuple[str | int, ...]) -> tuple[Node, tuple[str | int, ...], Place | None]:
-    """Return the node at a location, as much of the location as the document has, and the place of its last key."""
+    """Return the node at a location, as far as the document has it, that path, and its last key's place."""
     node: Node = root
     path: tuple[str | int, ...] = ()
     key_place: Place | None = None
@@ -203,7 +203,7 @@ def _missing_files(document: Document) -> Iterator[Fault]:
         and not requirements.text.startswith(("/", "~"))
     ):
         path = directory / requirements.text
-        if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises where a directory is closed to us
+        if not is_file(path):
             hint = "the path counts from the spec's directory"
             yield _at(requirements.place, f"there is no file {quote(requirements.text)}", hint)
     packages = document.root.items.get("packages")
@@ -212,15 +212,12 @@ def _missing_files(document: Document) -> Iterator[Fault]:
             yield from _missing_package(item, directory / inputs.local_path(item.text))
 
 
-def _missing_package(item: Scalar, path: Any) -> Iterator[Fault]:
-    if not os.path.exists(path):  # noqa: PTH110 - as above
+def _missing_package(item: Scalar, path: Path) -> Iterator[Fault]:
+    if not (is_file(path) or is_directory(path)):
         yield _at(
             item.place, f"there is no package {quote(item.text)}", "the path counts from the spec's directory"
         )
-    elif os.path.isdir(path) and not any(  # noqa: PTH112 - as above
-        os.path.isfile(path / name)
-        for name in ("pyproject.toml", "setup.py")  # noqa: PTH113 - as above
-    ):
+    elif is_directory(path) and not any(is_file(path / name) for name in ("pyproject.toml", "setup.py")):
         yield _at(
             item.place,
             f"{quote(item.text)} is not a Python package",

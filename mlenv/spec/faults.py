@@ -61,7 +61,7 @@ def render(fault: Fault, *, name: str, lines: Sequence[str]) -> str:
 
 
 def quote(text: str, *, limit: int = 48) -> str:
-    """Return a text from a spec for a message: on one line, without control characters, shortened, in backticks."""
+    """Return a text from a spec for a message: one line without control characters, in backticks."""
     visible = "".join(character if character.isprintable() else "�" for character in text)
     return f"`{visible if len(visible) <= limit else visible[: limit - 1] + '…'}`"
 

@@ -1,6 +1,6 @@
 """The files that a spec is made of besides itself: requirements files and local packages, as digests.
 
-They belong to the spec's digest, so that a changed requirement or a changed line of a local package makes its lock stale.
+They belong to the spec's digest: a changed requirement or line of a local package makes its lock stale.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ import os
 import re
 import stat
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
+
+from mlenv.spec.sources import LOCK_SUFFIX, is_directory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,12 +21,31 @@ MAX_BYTES = 512 * 2**20
 MAX_FILES = 50_000
 """Most that the local package of a spec may hold; more is data that lies in the wrong place."""
 
+_REQUIREMENTS_READ = 2**20
+"""Characters of a requirements file that are searched for further files."""
+
 _SKIPPED = frozenset(
-    (".git", ".hg", ".svn", "__pycache__", ".venv", "venv", ".tox", ".nox", "node_modules")
-    + (".mypy_cache", ".pytest_cache", ".ruff_cache", ".ipynb_checkpoints", ".hypothesis")
+    (
+        ".git",
+        ".hg",
+        ".svn",
+        "__pycache__",
+        ".venv",
+        "venv",
+        ".tox",
+        ".nox",
+        "node_modules",
+        ".mypy_cache",
+        ".pytest_cache",
+        ".ruff_cache",
+        ".ipynb_checkpoints",
+        ".hypothesis",
+    )
 )
 _SKIPPED_AT_TOP = frozenset(("build", "dist", "envs"))
 """Not part of a package's source; `envs` holds the specs and locks themselves."""
+_SKIPPED_ENDINGS = (".pyc", ".pyo", ".ipynb", LOCK_SUFFIX)
+"""Files that change while an environment is used; a lock must not make itself stale."""
 
 _INCLUDED = re.compile(r"(?:-r|-c|--requirement|--constraint)(?:\s+|=)?(?P<path>[^\s=]\S*)")
 _EDITABLE = re.compile(r"(?:-e|--editable)(?:\s+|=)(?P<path>\S+)")
@@ -67,12 +88,12 @@ def source_digest(path: Path) -> str:
 
     Raises: TooLargeError.
     """
-    if not os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises where a directory is closed to us
+    if not is_directory(path):
         return _file_digest(path)
     total = sha256()
     size = 0
     for count, (name, file) in enumerate(_files(path)):
-        size += os.lstat(file).st_size
+        size += _size(file)
         if count >= MAX_FILES or size > MAX_BYTES:
             raise TooLargeError(f"`{path}` holds more than {MAX_FILES} files or {MAX_BYTES >> 20} MiB")
         total.update(f"{name}\0{_entry_digest(file)}\n".encode("utf-8", "surrogateescape"))
@@ -87,17 +108,27 @@ def _files(root: Path) -> Iterator[tuple[str, Path]]:
         folders[:] = sorted(
             name for name in folders if name not in skipped and not name.endswith(".egg-info")
         )
-        links = [name for name in folders if os.path.islink(os.path.join(directory, name))]  # noqa: PTH114, PTH118
+        links = [name for name in folders if Path(directory, name).is_symlink()]
         for name in sorted([*names, *links]):
-            if not name.endswith((".pyc", ".pyo")):
+            if not name.endswith(_SKIPPED_ENDINGS):
                 path = Path(directory, name)
                 yield path.relative_to(root).as_posix(), path
 
 
+def _size(path: Path) -> int:
+    try:
+        return path.lstat().st_size
+    except FileNotFoundError:  # as below
+        return 0
+
+
 def _entry_digest(path: Path) -> str:
-    status = os.lstat(path)
-    if stat.S_ISLNK(status.st_mode):
-        return "link:" + os.readlink(path)  # noqa: PTH115 - bytes that are no text stay as they are
+    try:
+        status = path.lstat()
+        if stat.S_ISLNK(status.st_mode):
+            return f"link:{path.readlink()}"
+    except FileNotFoundError:  # removed since its directory was listed
+        return "missing"
     executable = "x" if status.st_mode & 0o100 else "-"
     return f"{executable}:{_file_digest(path)}"
 
@@ -123,13 +154,15 @@ def _add_requirements(name: str, directory: Path, found: dict[str, str]) -> None
         return
     path = directory / name
     found[name] = _file_digest(path)
-    if found[name] == "missing" or path.stat().st_size > 2**20:
+    if found[name] == "missing":
         return
-    folder = os.path.dirname(name)  # noqa: PTH120 - a text stays as it is written
-    for line in _logical_lines(path.read_text(encoding="utf-8", errors="replace")):
+    folder = PurePosixPath(name).parent
+    with path.open(encoding="utf-8", errors="replace") as file:
+        text = file.read(_REQUIREMENTS_READ)
+    for line in _logical_lines(text):
         if match := _INCLUDED.match(line):
             if "://" not in match["path"]:
-                _add_requirements(os.path.join(folder, match["path"]), directory, found)  # noqa: PTH118 - as above
+                _add_requirements(str(folder / match["path"]), directory, found)
             continue
         match = _EDITABLE.match(line)
         package = match["path"] if match else line.split()[0]

@@ -1,16 +1,15 @@
-"""The environment spec as values: what `envs/NAME.yaml` can say. The reference and the JSON Schema come from here.
+"""The environment spec as values: what `envs/NAME.yaml` can say; reference and JSON Schema come from here.
 
-Texts come in as they were written (`3.10` is never 3.1) and each field turns them into its value. The reader adds the
-places of faults; the fast path of a kernel reads specs without this module, because pydantic costs 100 ms.
+Texts come in as they were written (`3.10` is never 3.1) and each field turns them into its value. The reader
+adds the places of faults; a starting kernel reads specs without this module, because pydantic costs 100 ms.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -32,6 +31,9 @@ from mlenv.spec.values import (
     parse_port,
     parse_size,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = [
     "CONFLICTS_WITH_IMAGE",
@@ -317,14 +319,14 @@ class Spec(_Part):
         str | None, AfterValidator(_optional(values.pytorch)), _text(_VERSION_PATTERN + "|^none$")
     ] = Field(
         default=None,
-        description='PyTorch version or range, `"1.7"` being the newest 1.7.x; `none` or absent = without PyTorch.',
+        description='PyTorch version or range, `"1.7"` = the newest 1.7.x; `none` or absent = no PyTorch.',
         examples=["1.7", "2.13.0", "none"],
     )
     cuda: Annotated[
         str | None, AfterValidator(_optional(values.cuda)), _text(r"^cpu$|^[0-9]+\.[0-9]+(\.[0-9]+)?$")
     ] = Field(
         default=None,
-        description="CUDA version of the PyTorch build, or `cpu`; absent = the best for the GPUs and driver found.",
+        description="CUDA version of the PyTorch build, or `cpu`; absent = the best for the GPUs found.",
         examples=["10.1", "cpu"],
     )
     cudnn: Annotated[
@@ -336,7 +338,7 @@ class Spec(_Part):
     )
     packages: tuple[Package, ...] = Field(
         default=(),
-        description="Python packages as pip reads them (PEP 508), and local ones as paths relative to the spec.",
+        description="Python packages as pip reads them (PEP 508), local ones as paths seen from the spec.",
         examples=[["torchvision", "visdom>=0.1.8", "./libs/mypkg"]],
     )
     requirements: Annotated[str | None, AfterValidator(_optional(values.relative_file)), _text("^[^/~]")] = (
@@ -373,7 +375,7 @@ class Spec(_Part):
     )
     ports: tuple[Port, ...] = Field(
         default=(),
-        description="Ports to publish, `[ADDRESS:]HOST:CONTAINER[/tcp|udp]`; on 127.0.0.1 unless an address is given.",
+        description="Ports to publish, `[ADDRESS:]HOST:CONTAINER[/tcp|udp]`; on 127.0.0.1 by default.",
         examples=[["8097:8097"]],
     )
     mounts: tuple[MountSpec, ...] = Field(
@@ -384,7 +386,7 @@ class Spec(_Part):
     gpu_request: GpuRequest = Field(
         default_factory=GpuRequest,
         alias="gpus",
-        description="GPUs that the container sees: `auto`, `all`, `none`, a number, a list of indices or UUIDs, or a mapping.",
+        description="GPUs: `auto`, `all`, `none`, a number, a list of indices or UUIDs, or a mapping.",
         examples=["auto", "1", ["0", "1"], {"count": "1", "memory": "20GB"}],
     )
     resources: ResourceSpec = Field(
@@ -394,7 +396,7 @@ class Spec(_Part):
     )
     network: Annotated[str, AfterValidator(values.network), _words(*values.NETWORKS)] = Field(
         default="private",
-        description="`private` reaches out and is reached through `ports` only; `none` has no network; `host` is the host's.",
+        description="`private` reaches out and is reached through `ports`; `none`; `host`: the host's own.",
         examples=["private"],
     )
     kernel: KernelSpec = Field(

@@ -1,18 +1,18 @@
 """YAML text to a tree of texts, lists and mappings that know their places, with every fault of its form.
 
-Built from libyaml's events rather than PyYAML's composer: depth, size and aliases are bounded while reading, duplicate
-keys and foreign tags are found at every level, and reading goes on after them.
+Built from libyaml's events rather than PyYAML's composer: depth, size and aliases are bounded while reading,
+duplicate keys and foreign tags are found at every level, and reading goes on after them.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from mlenv.spec.faults import Fault, quote
+from mlenv.spec.faults import Fault, lines_of, quote
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,15 +31,16 @@ _FORBIDDEN = re.compile(
     "[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]"
     "|[\u202a-\u202e\u2066-\u2069]"
 )
-"""Not printable in YAML (YAML 1.2.2, section 5.1), or able to show text in another order than it is read."""
+"""Not printable in YAML (YAML 1.2.2, section 5.1), or showing text in another order than it is read."""
 
+_ALIGN = "indent keys of one mapping alike; quote a value that begins with a quote or bracket"
 _REMEDIES = {
     "mapping values are not allowed": "indent keys alike, and quote a value that holds `: `",
     "found unexpected end of stream": "close the quote",
     "expected ',' or ']'": "close the list with `]`",
     "expected ',' or '}'": "close the mapping with `}`",
-    "expected key": "indent keys of one mapping alike; quote a value that begins with a quote or bracket",
-    "expected <block end>": "indent keys of one mapping alike; quote a value that begins with a quote or bracket",
+    "expected key": _ALIGN,
+    "expected <block end>": _ALIGN,
     "expected '-' indicator": "a list and keys cannot stand at the same level: indent one of them",
     "expected ':'": "write `key: value`",
     "unknown escape character": r"write `\\` for a backslash, or use single quotes",
@@ -88,7 +89,7 @@ class Mapping:
     size: int = 1
 
 
-Node = Union[Scalar, Sequence, Mapping]
+Node = Scalar | Sequence | Mapping
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +101,7 @@ class Tree:
 
 
 def read_tree(text: str) -> Tree:
-    """Return the tree of a spec's text with every fault of its form; it never raises for what the text holds."""
+    """Return the tree of a spec's text with every fault of its form; no text makes it raise."""
     faults = list(_forbidden_characters(text))
     if faults:
         return Tree(root=Mapping(place=Place(line=1, column=1)), faults=tuple(faults))
@@ -119,7 +120,7 @@ def plain(node: Node) -> Any:
 
 
 def _forbidden_characters(text: str) -> Iterator[Fault]:
-    for number, line in enumerate(re.split("\r\n|[\n\r\x85\u2028\u2029]", text), start=1):
+    for number, line in enumerate(lines_of(text), start=1):
         for found in _FORBIDDEN.finditer(line):
             yield Fault(
                 line=number,

@@ -34,9 +34,9 @@ _NOT_IN_DIGEST = ("name", "description")
 class Document:
     """A spec as it is written.
 
-    `data`: dicts, lists and texts. `digest` ("sha256:…") covers every value of `data` but the name and the description,
-    the bytes of the requirements files, and the sources of local packages; formatting, comments and the order of
-    keys do not matter.
+    `data`: dicts, lists and texts. `digest` ("sha256:…") covers every value of `data` but the name and the
+    description, the bytes of the requirements files, and the sources of local packages; formatting, comments
+    and the order of keys do not matter.
     """
 
     path: Path

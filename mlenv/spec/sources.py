@@ -39,7 +39,7 @@ def locate(name: str, *, cwd: Path) -> Path:
     for directory in search_path(cwd):
         for suffix in SUFFIXES:
             candidate = directory / (name + suffix)
-            if os.path.isfile(candidate):  # noqa: PTH113 - Path.is_file raises where a directory is closed to us
+            if is_file(candidate):
                 return candidate
     raise _unknown_name(name, cwd=cwd)
 
@@ -54,12 +54,28 @@ def search_path(cwd: Path) -> list[Path]:
 
 
 def catalog(cwd: Path | None = None) -> list[tuple[str, Path]]:
-    """Return every name that can be used in `cwd` (else the current directory) with the file it means, by name."""
+    """Return every name that can be used in `cwd` (default: the current directory) with its file, by name."""
     found: dict[str, Path] = {}
     for directory in search_path(cwd or Path.cwd()):
         for path in _specs_in(directory):
             found.setdefault(path.stem, path)
     return sorted(found.items())
+
+
+def is_file(path: Path) -> bool:
+    """Tell whether there is a file; one in a directory that is closed to us counts as none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # not allowed to look; a path that cannot be
+        return False
+
+
+def is_directory(path: Path) -> bool:
+    """Tell whether there is a directory; one in a directory that is closed to us counts as none."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # as above
+        return False
 
 
 def display(path: Path) -> str:
@@ -73,7 +89,7 @@ def display(path: Path) -> str:
 def _specs_in(directory: Path) -> list[Path]:
     """Return the specs of a directory in order; none where it is missing or closed to us."""
     try:
-        names = sorted(os.listdir(directory))  # noqa: PTH208 - names are all it needs
+        names = sorted(entry.name for entry in directory.iterdir())
     except OSError:
         return []
     chosen = {Path(name).stem: name for name in reversed(names) if name.endswith(SUFFIXES) and name[0] != "."}
@@ -90,7 +106,7 @@ def _repository(directory: Path) -> Path | None:
 
 def _at_path(name: str, *, cwd: Path) -> Path:
     path = cwd / Path(name).expanduser()
-    if os.path.isdir(path):  # noqa: PTH112 - as above
+    if is_directory(path):
         return _in_directory(path)
     if os.path.lexists(path):
         return path
@@ -105,7 +121,7 @@ def _at_path(name: str, *, cwd: Path) -> Path:
 
 def _in_directory(path: Path) -> Path:
     """Return the one spec of the nearest `envs/` in a directory or above it, inside its repository."""
-    start = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow links that the user typed
+    start = Path(os.path.normpath(path.absolute()))
     top = _repository(start)
     for directory in (start, *start.parents):
         folder = directory if directory.name == FOLDER else directory / FOLDER
@@ -134,7 +150,7 @@ def _several(folder: Path, found: list[Path]) -> SpecNotFoundError:
 def _unknown_name(name: str, *, cwd: Path) -> SpecNotFoundError:
     looked = "\n".join(str(directory) for directory in search_path(cwd))
     known = [known_name for known_name, _ in catalog(cwd)]
-    if os.path.isdir(cwd / name):  # noqa: PTH112 - as above
+    if is_directory(cwd / name):
         hint = f"for the directory write `./{name}`"
     else:
         near = get_close_matches(name, known, n=3, cutoff=0.5)

@@ -1,7 +1,7 @@
 """The texts of a spec and of the command line as values: sizes, ports, GPUs, versions, names.
 
-Every function takes the text as it was written and returns the value, or raises BadValueError (a ValueError) with
-what is wrong and a one-line remedy. Nothing here imports pydantic, so that `mlenv run -p` does not either.
+Every function takes the text as it was written and returns the value, or raises BadValueError (a ValueError)
+with what is wrong and a one-line remedy. Nothing here imports pydantic, for the sake of `mlenv run -p`.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ UNITS = {
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
 }  # fmt: skip
-"""Bytes of each unit: kB, MB, GB, TB are powers of 1000 (SI), KiB, MiB, GiB, TiB powers of 1024 (IEC 80000-13), and
-one letter alone is a power of 1024, as in Docker's `-m 512m`."""
+"""Bytes of each unit: kB, MB, GB, TB are powers of 1000 (SI), KiB, MiB, GiB, TiB powers of 1024 (IEC
+80000-13), and one letter alone is a power of 1024, as in Docker's `-m 512m`."""
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]*)")
 _PORT = re.compile(
@@ -48,6 +48,7 @@ _VERSION = re.compile(r"[0-9]+(\.[0-9]+)*")
 _APT = re.compile(r"[a-z0-9][a-z0-9+.-]+(=([0-9]+:)?[0-9][A-Za-z0-9.+~-]*)?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _LOCAL = re.compile(r"(\.{1,2})(/[^\[\]]*)?(\[[A-Za-z0-9._, -]*\])?")
+_MOUNT = re.compile(r"(?P<source>[^:]+):(?P<target>[^:]+)(:(?P<mode>ro|rw))?")
 _MIRROR = re.compile(r"(https?://(?P<credentials>[^/@\s]*@)?[^/@\s]+|file://)(/\S*)?")
 _REFERENCE = re.compile(
     r"(?:(?:[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*|\[[0-9a-fA-F:]+\])(?::[0-9]+)?/)?"
@@ -57,6 +58,8 @@ _REFERENCE = re.compile(
 """Source: github.com/distribution/reference, `reference.go` (its grammar in the package comment)."""
 
 _LAST_PORT = 65535
+_LEAST_CPUS = 0.01
+"""The kernel's least quota: 1 ms in each 100 ms. Source: sched-bwc.rst."""
 
 
 class BadValueError(ValueError):
@@ -79,7 +82,7 @@ class PortSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GpuSelection:
-    """Which GPUs a container gets: `count` with mode "count", `ids` with "ids", `memory` in bytes each must have."""
+    """Which GPUs a container gets: `count` with mode "count", `ids` with "ids"; `memory` in bytes."""
 
     mode: GpuMode = "auto"
     count: int | None = None
@@ -104,7 +107,7 @@ def one_of(text: str, valid: Iterable[str]) -> str:
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes that a size means: 16GB is 16 * 10^9, 16GiB and Docker's 16g are 16 * 2^30 (see `UNITS`)."""
+    """Return the bytes that a size means: 16GB = 16 * 10^9, 16GiB = Docker's 16g = 16 * 2^30 (see `UNITS`)."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise BadValueError(
@@ -127,7 +130,7 @@ def parse_port(text: str) -> PortSpec:
     if match is None:
         is_single = bool(re.fullmatch(r"[0-9]+(/[a-z]+)?", text))
         hint = (
-            f'write `"{text.split("/")[0]}:{text}"`'
+            f'write `"{text.split("/", maxsplit=1)[0]}:{text}"`'
             if is_single
             else 'write `"8097:8097"`, the host\'s port first'
         )
@@ -203,7 +206,7 @@ def whole_number(text: str, *, hint: str = "write a number such as `1`") -> int:
 
 def cpus(text: str) -> float:
     """Return a number of CPUs, which need not be whole. Source: docker-run(1), `--cpus`."""
-    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) or float(text) < 0.01:  # noqa: PLR2004 - cfs's least quota
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) or float(text) < _LEAST_CPUS:
         raise BadValueError(f"{quote(text)} is not a number of CPUs", "write a number such as `4` or `1.5`")
     return float(text)
 
@@ -267,7 +270,7 @@ def cuda(text: str) -> str:
     if short and text.startswith("cu"):
         hint = f'write `"{short[1]}.{short[2]}"`'
     elif _VERSION.fullmatch(text):
-        hint = f'write the minor version too, as in `"{text.split(".")[0]}.1"`'
+        hint = f'write the minor version too, as in `"{text.split(".", maxsplit=1)[0]}.1"`'
     else:
         hint = did_you_mean(text, ("cpu",)) or 'write a version such as `"10.1"`, or `cpu`'
     raise BadValueError(f"{quote(text)} is not a CUDA version", hint)
@@ -310,7 +313,7 @@ def _not_a_requirement(text: str) -> str | None:
     """Return what to write instead of things that pip's command line takes and a requirement is not."""
     word = text.split(maxsplit=1)[-1]
     if text.startswith(("-e", "--editable")):
-        return f"leave `{text.split()[0]}` out: write `{word}`"
+        return f"leave `{text.split(maxsplit=1)[0]}` out: write `{word}`"
     if text.startswith(("-r", "--requirement")):
         return f"use the key `requirements: {word}`"
     if text.startswith("-"):
@@ -407,7 +410,7 @@ def mount_source(text: str) -> str:
 
 
 def mount_target(text: str) -> str:
-    """Return a mount's place in the container: absolute, in plain form, not a place the container needs itself."""
+    """Return a mount's place in the container: absolute, in plain form, none the container needs itself."""
     plain = "/" + "/".join(part for part in text.split("/") if part not in ("", "."))
     if not text.startswith("/"):
         raise BadValueError(f"{quote(text)} is not an absolute path", f"write `{plain}`")
@@ -422,10 +425,11 @@ def mount_target(text: str) -> str:
 
 def mount(text: str) -> dict[str, str]:
     """Return the keys of a mount from `SOURCE:TARGET[:ro|rw]`. Source: docker-run(1), `--volume`."""
-    parts = text.split(":")
-    if len(parts) not in (2, 3) or (len(parts) == 3 and parts[2] not in ("ro", "rw")):  # noqa: PLR2004 - the form's parts
+    match = _MOUNT.fullmatch(text)
+    if match is None:
         raise BadValueError(f"{quote(text)} is not SOURCE:TARGET[:ro]", 'write `"./data:/data"`')
-    return {"source": parts[0], "target": parts[1], "readonly": "true" if parts[2:] == ["ro"] else "false"}
+    readonly = "true" if match["mode"] == "ro" else "false"
+    return {"source": match["source"], "target": match["target"], "readonly": readonly}
 
 
 def command(text: str) -> str:

@@ -58,7 +58,6 @@ def configure(root_dir: Path, port: int, token: str) -> None:
             "kernel_spec_manager_class": "mlenv.jupyter.kernelspecs.EnvironmentKernelSpecManager",
         },
         "IdentityProvider": {"token": token},
-        "KernelSpecManager": {"ensure_native_kernel": False},
     }
     lab = {"LabApp": {"news_url": None, "extension_manager": "readonly"}}
     page = {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager, NoSuchKernel
+from traitlets import Bool
 
 from mlenv.kernel.kernelspec import kernels_dir
 
@@ -14,6 +15,8 @@ class EnvironmentKernelSpecManager(KernelSpecManager):
     asking; with the host's own Python in the list, that would be the host. The directory is read at every
     request, so an environment that comes up later appears by itself.
     """
+
+    ensure_native_kernel = Bool(False, help="Whether the host's own Python is a kernel: it is not.")
 
     def _kernel_dirs_default(self) -> list[str]:
         return [str(kernels_dir())]

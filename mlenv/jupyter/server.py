@@ -24,12 +24,12 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlenv.container.state import boot_id, start_time
 from mlenv.errors import JupyterError
 from mlenv.jupyter import api
 from mlenv.jupyter.api import RunningKernel, kernels, shutdown_kernels
 from mlenv.jupyter.configuration import configure, directory, variables, write_private
 from mlenv.jupyter.port import holder, is_free
-from mlenv.kernel.identity import boot_id, start_time
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

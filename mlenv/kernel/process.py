@@ -12,7 +12,6 @@ import os
 import signal
 import subprocess
 import threading
-import time
 from contextlib import suppress
 from typing import IO, TYPE_CHECKING, Any
 
@@ -150,13 +149,12 @@ async def start_kernel(
     stderr = StderrTail(child.stderr)
     kernel = KernelProcess(child, 0, lifeline_fd, stderr)
     try:
-        kernel.host_pid = await _read_pid(pid_fd)
-        await _until_bound(container, args, kernel, connection)
+        await asyncio.wait_for(_until_bound(container, args, kernel, pid_fd, connection), START_DEADLINE)
+    except asyncio.TimeoutError:
+        await _give_up(kernel)
+        raise _silent(container) from None
     except BaseException:
-        kernel.close()
-        if kernel.host_pid:
-            kernel.send_signal(signal.SIGKILL)
-        await asyncio.shield(kernel.wait())
+        await asyncio.shield(_give_up(kernel))
         raise
     return kernel
 
@@ -226,22 +224,36 @@ def _resolve(future: asyncio.Future[None]) -> None:
 
 
 async def _until_bound(
-    container: lifecycle.Container, args: Sequence[str], kernel: KernelProcess, connection: Connection
+    container: lifecycle.Container,
+    args: Sequence[str],
+    kernel: KernelProcess,
+    pid_fd: int,
+    connection: Connection,
 ) -> None:
+    kernel.host_pid = await _read_pid(pid_fd)
     if not kernel.host_pid:
         raise _not_started(container, args, await kernel.wait(), kernel.stderr_tail())
-    deadline = time.monotonic() + START_DEADLINE
     while not connection.is_bound:
         if kernel.poll() is not None:
             raise _ended_early(container, kernel)
-        if time.monotonic() > deadline:
-            raise KernelError(
-                f"the kernel in container `{container.name}` does not answer",
-                cause=f"it runs, and has not opened its sockets in {START_DEADLINE:.0f} seconds",
-                hint=f"mlenv top {container.name}",
-                code="kernel-silent",
-            )
         await asyncio.sleep(_POLL_INTERVAL)
+
+
+async def _give_up(kernel: KernelProcess) -> None:
+    """End a kernel that was being started, and what it had started itself."""
+    if kernel.host_pid:
+        kernel.send_signal(signal.SIGKILL)
+    kernel.close()
+    await kernel.wait()
+
+
+def _silent(container: lifecycle.Container) -> KernelError:
+    return KernelError(
+        f"the kernel in container `{container.name}` does not answer",
+        cause=f"it has not opened its sockets in {START_DEADLINE:.0f} seconds",
+        hint=f"mlenv logs {container.name}",
+        code="kernel-silent",
+    )
 
 
 def _not_started(

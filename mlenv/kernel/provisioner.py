@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, cast
 from jupyter_client.provisioning.provisioner_base import KernelProvisionerBase
 from traitlets import Unicode
 
+from mlenv.container.state import start_time
 from mlenv.errors import KernelError
 from mlenv.kernel import folders
 from mlenv.kernel.connection import Connection, new_connection
-from mlenv.kernel.identity import start_time
 from mlenv.kernel.process import KernelProcess, running_container, start_kernel
 from mlenv.kernel.variables import container_variables, kernel_variables
 

@@ -1,4 +1,4 @@
-"""The JupyterLab server as a process: started once, joined, moved off a taken port, ended, and never orphaned."""
+"""The JupyterLab server as a process: started once, joined, moved off a taken port, ended, never orphaned."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from mlenv.container.state import start_time
 from mlenv.errors import JupyterError
 from mlenv.jupyter import api, configuration, server
 from mlenv.kernel import kernelspec
-from mlenv.kernel.identity import start_time
 
 DEADLINE = 60.0
 
@@ -104,7 +104,7 @@ def test_it_shows_environments_only_and_new_ones_without_restart(home, folder, f
     assert api.request(running.port, running.token, "GET", logo)[0] == 200
     assert (
         api.request(running.port, running.token, "POST", "/api/kernels")[0] == 500
-    )  # no host Python to fall to
+    )
     assert api.kernels(running) == ()
 
 

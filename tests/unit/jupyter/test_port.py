@@ -17,7 +17,7 @@ def test_port_with_a_listener_is_not_free_and_its_holder_is_named():
 
 
 def test_listener_on_all_addresses_is_seen():
-    with socket.create_server(("0.0.0.0", 0)) as listener:
+    with socket.create_server(("0.0.0.0", 0)) as listener:  # noqa: S104 - what the test is about
         assert not port.is_free(listener.getsockname()[1])
 
 

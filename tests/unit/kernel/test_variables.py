@@ -8,13 +8,13 @@ from mlenv.kernel.variables import container_variables, kernel_variables
 
 
 def test_a_variable_of_the_users_own_passes():
-    assert kernel_variables({"HF_TOKEN": "t"}, container={}, kernelspec={})["HF_TOKEN"] == "t"
+    assert kernel_variables({"WANDB_PROJECT": "t"}, container={}, kernelspec={})["WANDB_PROJECT"] == "t"
 
 
 @pytest.mark.parametrize(
     "name",
-    ["PATH", "HOME", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "CONDA_PREFIX", "XDG_RUNTIME_DIR", "TMPDIR",
-     "JUPYTER_TOKEN", "SSL_CERT_FILE", "CUDA_VISIBLE_DEVICES", "LC_ALL", "MLENV_HOME", "JPY_API_TOKEN"],
+    ["PATH", "HOME", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "CONDA_PREFIX", "XDG_RUNTIME_DIR",
+     "TMPDIR", "JUPYTER_TOKEN", "SSL_CERT_FILE", "CUDA_VISIBLE_DEVICES", "LC_ALL", "MLENV_HOME", "JPY_API_TOKEN"],
 )  # fmt: skip
 def test_a_variable_about_the_host_does_not_pass(name):
     assert name not in kernel_variables({name: "x"}, container={}, kernelspec={})

@@ -91,7 +91,7 @@ def test_hints_name_commands_that_exist() -> None:
     for path in sorted((REPOSITORY / "mlenv").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_bytes())):
             if isinstance(node, ast.keyword) and node.arg in ("hint", "cause"):
-                named = re.findall(r"\bmlenv ([a-z]+)\b", ast.unparse(node.value))
+                named = re.findall(r"(?:`|^f?['\"])mlenv ([a-z]+)\b", ast.unparse(node.value))
                 wrong += [
                     f"{path.name}:{node.value.lineno}: mlenv {name}" for name in named if name not in known()
                 ]

@@ -1,0 +1,1 @@
+"""GPUs of the host: what there is, and what a container gets of it."""

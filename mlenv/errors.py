@@ -16,6 +16,7 @@ MlenvError
 │   ├── NoSuchContainerError
 │   ├── NameInUseError
 │   ├── PortInUseError
+│   ├── GpuNotFoundError
 │   └── ContainerStartError        125, 126 not executable, 127 not found
 ├── KernelError                    a kernel or its kernelspec cannot be used
 └── JupyterError                   the Jupyter server cannot be started or reached
@@ -166,6 +167,12 @@ class PortInUseError(ContainerError):
     """A host port that something else listens on."""
 
     code = "port-in-use"
+
+
+class GpuNotFoundError(ContainerError):
+    """A GPU that was asked for and is not there."""
+
+    code = "gpu-not-found"
 
 
 class ContainerStartError(ContainerError):

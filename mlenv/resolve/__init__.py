@@ -1,0 +1,1 @@
+"""From a spec to a lock: versions chosen from the compatibility data, packages pinned by uv and apt."""

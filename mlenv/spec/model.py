@@ -386,7 +386,7 @@ class Spec(_Part):
     gpu_request: GpuRequest = Field(
         default_factory=GpuRequest,
         alias="gpus",
-        description="GPUs: `auto`, `all`, `none`, a number, a list of indices or UUIDs, or a mapping.",
+        description="GPUs: `auto` (default: those there are), `all`, `none`, a number, a list, a mapping.",
         examples=["auto", "1", ["0", "1"], {"count": "1", "memory": "20GB"}],
     )
     resources: ResourceSpec = Field(

@@ -33,6 +33,9 @@ _FORBIDDEN = re.compile(
 )
 """Not printable in YAML (YAML 1.2.2, section 5.1), or showing text in another order than it is read."""
 
+_GAP = re.compile(r"(?:\s|(?<=\s)#[^\n]*)*")
+"""Spaces and comments between two tokens."""
+
 _ALIGN = "indent keys of one mapping alike; quote a value that begins with a quote or bracket"
 _REMEDIES = {
     "mapping values are not allowed": "indent keys alike, and quote a value that holds `: `",
@@ -143,6 +146,7 @@ class _TreeReader:
         self._events: Iterator[Any] = yaml.parse(text, Loader=_Loader)
         self._anchors: dict[str, Node] = {}
         self._open: set[str] = set()
+        self._end = self._end_before = 0  # indices in the text where the last two events end
 
     def document(self) -> Mapping:
         """Return the top mapping of the one document, as far as it can be read."""
@@ -153,19 +157,24 @@ class _TreeReader:
                     if root is not None:
                         self._fault(_place(event), "a spec is one YAML document", "remove the second `---`")
                         break
-                    root = self._node(next(self._events), depth=1)
+                    root = self._node(self._next(), depth=1)
         except yaml.MarkedYAMLError as error:
             self.faults.append(self._malformed(error))
         except _Stop:
             pass
         return self._top(root)
 
+    def _next(self) -> Any:
+        event = next(self._events)
+        self._end_before, self._end = self._end, event.end_mark.index
+        return event
+
     def _top(self, root: Node | None) -> Mapping:
         if isinstance(root, Mapping):
             return root
-        place = root.place if root else Place(line=1, column=1)
+        is_empty = root is None or (isinstance(root, Scalar) and root.is_empty)
+        place = Place(line=1, column=1) if root is None or is_empty else root.place
         if not self.faults:
-            is_empty = root is None or (isinstance(root, Scalar) and root.is_empty)
             message = "the spec is empty" if is_empty else "a spec is a mapping of `key: value` lines"
             self._fault(place, message, 'begin with a line such as `python: "3.11"` or `packages: [numpy]`')
         return Mapping(place=place)
@@ -215,14 +224,20 @@ class _TreeReader:
         self._check_tag(event, _SCALAR_TAGS)
         if "\0" in event.value:
             self._fault(_place(event), "a NUL character cannot stand in a value", r"remove the `\0`")
-        return Scalar(
-            place=_place(event), text=event.value, is_empty=event.value == "" and bool(event.implicit[0])
-        )
+        is_empty = event.value == "" and bool(event.implicit[0])
+        place = self._place_of_nothing() if is_empty else _place(event)
+        return Scalar(place=place, text=event.value, is_empty=is_empty)
+
+    def _place_of_nothing(self) -> Place:
+        """Return where a value is missing: libyaml's mark is that of the next token, maybe lines below."""
+        gap = _GAP.match(self._text, self._end_before)
+        before = lines_of(self._text[: gap.end() if gap else self._end_before])
+        return Place(line=len(before), column=len(before[-1]) + 1)
 
     def _sequence(self, event: Any, *, depth: int) -> Sequence:
         self._check_tag(event, {_CORE + "seq"})
         node = Sequence(place=_place(event))
-        while not isinstance(item := next(self._events), yaml.SequenceEndEvent):
+        while not isinstance(item := self._next(), yaml.SequenceEndEvent):
             node.items.append(self._node(item, depth=depth + 1))
             node.size += node.items[-1].size
             self._check_size(node.size, item)
@@ -231,10 +246,12 @@ class _TreeReader:
     def _mapping(self, event: Any, *, depth: int) -> Mapping:
         self._check_tag(event, {_CORE + "map"})
         node = Mapping(place=_place(event))
-        while not isinstance(key_event := next(self._events), yaml.MappingEndEvent):
+        while not isinstance(key_event := self._next(), yaml.MappingEndEvent):
             key = self._node(key_event, depth=depth + 1)
-            value_event = next(self._events)
+            value_event = self._next()
             value = self._node(value_event, depth=depth + 1)
+            if isinstance(value, Scalar) and value.is_empty:
+                value.place = _place(key_event)
             node.size += key.size + value.size
             self._check_size(node.size, value_event)
             self._add(node, key, value, _place(key_event))

@@ -40,25 +40,27 @@ _INTRODUCTION = """\
 
 Generated from `mlenv/spec/model.py` by `python -m mlenv.spec.schema`; do not edit.
 
-A spec is one YAML mapping in `envs/NAME.yaml`. Every key is optional; unknown and duplicate keys are faults. For
-completion and checks in an editor, begin the file with
+A spec is one YAML mapping in `envs/NAME.yaml`. Every key is optional; unknown and duplicate keys are faults.
+For completion and checks in an editor, begin the file with
 
 ```yaml
 # yaml-language-server: $schema=PATH/TO/mlenv/spec/spec.schema.json
 ```
 
 - **Values are texts first.** `python: 3.10` is 3.10, never 3.1; `no` stays `no`. Quotes do no harm.
-- **Sizes** are a number and a unit. `kB`, `MB`, `GB`, `TB` are powers of 1000 (16GB = 16 000 000 000 bytes); `KiB`,
-  `MiB`, `GiB`, `TiB` are powers of 1024, and so is one letter alone, as in Docker's `-m 512m` (16g = 17 179 869 184).
+- **Sizes** are a number and a unit. `kB`, `MB`, `GB`, `TB` are powers of 1000 (16GB = 16 000 000 000
+  bytes); `KiB`, `MiB`, `GiB`, `TiB` are powers of 1024, and so is one letter alone, as in Docker's `-m
+  512m` (16g = 16GiB = 17 179 869 184 bytes).
 - **Anchors and aliases** (`&x`, `*x`) are read; merge keys (`<<`) and tags of other types are not.
-- **The lock** `NAME.lock.json` lies beside the spec and belongs into git. It matches a spec by the spec's digest, which
-  covers every value but `name` and `description`, the bytes of requirements files and the sources of local packages
-  (without notebooks, caches, `build/`, `dist/` and `envs/`). Comments, quoting and the order of keys do not matter.
+- **The lock** `NAME.lock.json` lies beside the spec and belongs into git. It matches a spec by the
+  spec's digest, which covers every value but `name` and `description`, the bytes of requirements files
+  and the sources of local packages (without notebooks, caches, `build/`, `dist/` and `envs/`).
+  Comments, quoting and the order of keys do not matter.
 """
 
 
 def json_schema() -> dict[str, Any]:
-    """Return the JSON Schema of a spec, for editors: it also takes what a YAML reader makes of a bare number."""
+    """Return the JSON Schema of a spec, for editors, whose YAML readers make numbers of some texts."""
     schema: dict[str, Any] = _tidy(Spec.model_json_schema(by_alias=True))
     schema.pop("required")  # the name: a file has one already
     schema["dependentSchemas"] = {"image": {"properties": dict.fromkeys(CONFLICTS_WITH_IMAGE, False)}}

@@ -107,7 +107,7 @@ def one_of(text: str, valid: Iterable[str]) -> str:
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes that a size means: 16GB = 16 * 10^9, 16GiB = Docker's 16g = 16 * 2^30 (see `UNITS`)."""
+    """Return the bytes that a size means: 16GB = 16 * 10^9, 16GiB and Docker's 16g = 16 * 2^30."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise BadValueError(
@@ -253,7 +253,11 @@ def version_or_range(text: str) -> str:
     from packaging.version import InvalidVersion, Version
 
     try:
-        return text if text[:1].isdigit() and Version(text) else str(SpecifierSet(text)) and text
+        if text[:1].isdigit():
+            Version(text)
+        elif not SpecifierSet(text):
+            raise InvalidSpecifier(text)
+        return text
     except (InvalidVersion, InvalidSpecifier):
         found = re.search(r"[0-9]+(\.[0-9]+)*", text)
         hint = (
@@ -311,7 +315,7 @@ def requirement(text: str) -> str:
 
 def _not_a_requirement(text: str) -> str | None:
     """Return what to write instead of things that pip's command line takes and a requirement is not."""
-    word = text.split(maxsplit=1)[-1]
+    word = text.split(maxsplit=1)[-1] if text.strip() else ""
     if text.startswith(("-e", "--editable")):
         return f"leave `{text.split(maxsplit=1)[0]}` out: write `{word}`"
     if text.startswith(("-r", "--requirement")):
@@ -395,7 +399,7 @@ def network(text: str) -> str:
 
 def relative_file(text: str) -> str:
     """Return a path relative to the spec."""
-    if text.startswith(("/", "~")):
+    if not text.strip() or text.startswith(("/", "~")):
         raise BadValueError(
             f"{quote(text)} is not relative to the spec", "write a path such as `requirements.txt`"
         )

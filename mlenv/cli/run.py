@@ -52,7 +52,7 @@ def command(image: str, args: tuple[str, ...], *, detach: bool, rm: bool, name: 
     config = bundle_config(chosen, wanted, progress=progress)
     container = lifecycle.create(config, name=name, remove_on_exit=rm)
     try:
-        lifecycle.start(container, interactive=asked["interactive"])
+        lifecycle.start(container, interactive=asked["interactive"], attached=not detach)
     except BaseException:
         lifecycle.remove(container, force=True)
         raise

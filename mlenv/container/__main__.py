@@ -3,10 +3,11 @@
 Not run with -m, and without site: this file finds its own package, everything else is in `commands`.
 """
 
+import os
 import sys
 
 sys.path.insert(0, __file__.rpartition("/mlenv/container/")[0])
 
 from mlenv.container.commands import main  # noqa: E402 - the path comes first
 
-sys.exit(main(sys.argv[1:]))
+os._exit(main(sys.argv[1:]))  # nothing is buffered, and taking an interpreter apart costs 4 ms

@@ -96,13 +96,26 @@ _SHAPE: dict[str, Any] = {
 class Bundle:
     """A bundle whose configuration has been checked.
 
-    `config` is the parsed config.json; `layers` bottom first; `upper` and `work` are None where nothing is overlaid.
+    `config` is the parsed config.json; `system_call_filter` its seccomp profile assembled; `layers` bottom first; `upper` and `work` are None where nothing is overlaid.
     """
 
-    __slots__ = ("annotations", "config", "layers", "linux", "namespaces", "path", "process", "root", "upper", "work")
+    __slots__ = (
+        "annotations",
+        "config",
+        "layers",
+        "linux",
+        "namespaces",
+        "path",
+        "process",
+        "root",
+        "system_call_filter",
+        "upper",
+        "work",
+    )
 
-    def __init__(self, path: str, config: dict[str, Any]) -> None:
+    def __init__(self, path: str, config: dict[str, Any], system_call_filter: bytes | None) -> None:
         self.path = path
+        self.system_call_filter = system_call_filter
         self.config = config
         self.process: dict[str, Any] = config["process"]
         self.linux: dict[str, Any] = config.get("linux", {})
@@ -155,9 +168,15 @@ def read(path: str) -> Bundle:
     except (OSError, ValueError) as error:
         raise ContainerError(f"cannot read `{file}`", cause=str(error)) from error
     faults = check(config)
+    program = None
+    if not faults and "seccomp" in config.get("linux", {}):
+        try:
+            program = seccomp.assemble(config["linux"]["seccomp"], os.uname().machine)
+        except (ValueError, KeyError) as error:
+            faults.append(f"linux.seccomp: {error}")
     if faults:
         raise ContainerError(f"`{file}` asks for what mlenv cannot do", cause="\n".join(faults))
-    return Bundle(path, config)
+    return Bundle(path, config, program)
 
 
 def check(config: object) -> list[str]:
@@ -184,6 +203,8 @@ def _check_shape(value: object, shape: Any, place: str, faults: list[str]) -> No
         if not isinstance(value, list):
             faults.append(f"{place}: must be an array")
             return
+        if shape == [str] and all(type(member) is str for member in value):
+            return
         for index, member in enumerate(value):
             _check_shape(member, shape[0], f"{place}[{index}]", faults)
     elif not isinstance(value, shape) or (shape is int and isinstance(value, bool)):
@@ -200,9 +221,7 @@ def _check_values(config: Mapping[str, Any], faults: list[str]) -> None:
         faults.append("process.cwd: must be an absolute path")
     if process:
         faults += [f"process.env: `{entry}` has no `=`" for entry in process.get("env", ()) if "=" not in entry]
-    for text in _strings(config):
-        if "\0" in text:
-            faults.append(f"a NUL byte in {text!r}")
+    faults += [f"a NUL byte in {text!r}" for text in _strings(config) if "\0" in text]
     _check_annotations(config, faults)
     if "root" not in config and LAYERS not in config.get("annotations", {}):
         faults.append("root: required")
@@ -213,10 +232,11 @@ def _check_values(config: Mapping[str, Any], faults: list[str]) -> None:
 
 
 def _strings(value: object) -> list[str]:
+    """Return every string in a JSON value but the seccomp profile's, which are looked up and go nowhere."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, dict):
-        return [text for member in value.values() for text in _strings(member)]
+        return [text for key, member in value.items() if key != "seccomp" for text in _strings(member)]
     if isinstance(value, list):
         return [text for member in value for text in _strings(member)]
     return []
@@ -248,9 +268,7 @@ def _check_linux(linux: Mapping[str, Any], faults: list[str]) -> None:
             faults.append(f"linux.namespaces[{index}].type: `{entry.get('type')}` is not supported")
     if linux.get("rootfsPropagation", "private") not in ("private", "rprivate", "slave", "rslave"):
         faults.append(f"linux.rootfsPropagation: `{linux['rootfsPropagation']}` is not supported")
-    profile = linux.get("seccomp")
-    if profile is None:
-        return
+    profile = linux.get("seccomp", {})
     if profile.get("flags"):
         faults.append("linux.seccomp.flags: not supported")
     faults += [
@@ -258,7 +276,3 @@ def _check_linux(linux: Mapping[str, Any], faults: list[str]) -> None:
         for name in profile.get("architectures", ())
         if name not in seccomp.KNOWN_ARCHITECTURES
     ]
-    try:
-        seccomp.assemble(profile, os.uname().machine)
-    except (ValueError, KeyError) as error:
-        faults.append(f"linux.seccomp: {error}")

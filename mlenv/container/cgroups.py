@@ -152,10 +152,41 @@ def _write(path: str, value: str) -> None:
 
 def _read(path: str) -> str:
     try:
-        with open(path, encoding="ascii") as file:  # noqa: PTH123 - pathlib costs 10 ms
+        with open(path, encoding="utf-8") as file:  # noqa: PTH123 - pathlib costs 10 ms
             return file.read()
     except OSError:
         return ""
+
+
+def begin_attaching() -> int | None:
+    """Make the kernel ready for a process to change its group, beside whatever the caller does next.
+
+    The first change after a quiet while waits some 15 ms for every CPU (the lock of all groups is entered through
+    an RCU grace period), those that follow soon do not. A short-lived process moves itself to where it already is.
+    Return its pid, to be given to `end_attaching`; None where nothing can be written.
+    """
+    try:
+        if os.path.exists(f"{ROOT}/cgroup.controllers"):
+            members = f"{ROOT}{own_paths().get('', '/').rstrip('/')}/cgroup.procs"
+        else:
+            members = f"{ROOT}/pids{own_paths().get('pids', '/').rstrip('/')}/cgroup.procs"
+        members_fd = os.open(members, os.O_WRONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.write(members_fd, b"0")
+        finally:
+            os._exit(0)
+    os.close(members_fd)
+    return pid
+
+
+def end_attaching(pid: int | None) -> None:
+    """Reap the process of `begin_attaching`."""
+    if pid is not None:
+        os.waitpid(pid, 0)
 
 
 def own_paths() -> dict[str, str]:
@@ -177,72 +208,56 @@ def mode() -> str:
     return "none"
 
 
-def create(container_id: str, resources: Mapping[str, Any], *, path: str | None = None) -> Group:
-    """Make the container's groups and set its limits.
+def plan(container_id: str, resources: Mapping[str, Any], *, path: str | None = None) -> Group:
+    """Return the container's groups, not made yet, so that whoever cleans up can know them first.
 
-    `path` is OCI's cgroupsPath. Raises: ContainerError for a limit that the kernel refuses as wrong; a limit that
-    cannot be set here is a problem of the group, not an error.
+    `path` is OCI's cgroupsPath.
     """
     kind = mode()
     name = path or f"mlenv-{container_id[:12]}"
     if kind == "none":
         return Group(0, {}, _unmet(resources, "no cgroups are mounted"))
-    group = _create_v2(name, resources) if kind == "v2" else _create_v1(name, resources)
+    own = own_paths()
+    if kind == "v2":
+        return Group(2, {"": _directory(ROOT, own.get("", "/"), name)})
+    pins_cpus = {"cpus", "mems"} <= set(resources.get("cpu", {}))  # a cpuset without both takes no process
+    return Group(
+        1,
+        {
+            controller: _directory(f"{ROOT}/{controller}", own.get(controller, "/"), name)
+            for controller in V1_CONTROLLERS
+            if os.path.isdir(f"{ROOT}/{controller}") and (controller != "cpuset" or pins_cpus)
+        },
+    )
+
+
+def _directory(root: str, own: str, name: str) -> str:
+    return f"{root}{name}" if name.startswith("/") else f"{root}{own.rstrip('/')}/{name}"
+
+
+def create(group: Group, resources: Mapping[str, Any]) -> None:
+    """Make a planned group's directories and set its limits.
+
+    A directory that cannot be made leaves the group; what is not limited then is told in its problems.
+    Raises: ContainerError for a limit that the kernel refuses as wrong, with nothing left behind.
+    """
+    refused = ""
+    for controller, directory in list(group.directories.items()):
+        try:
+            os.makedirs(directory, 0o755, exist_ok=True)
+        except OSError as error:
+            refused = f"{os.path.dirname(directory)} cannot be written: {error.strerror}"
+            del group.directories[controller]
+    if refused and not group.directories:
+        group.problems += _unmet(resources, refused)
+        return
     try:
+        if group.version == 2:  # noqa: PLR2004 - the version
+            _enable_controllers(os.path.dirname(group.directories[""]))
         _limit(group, resources)
     except BaseException:
         group.remove()
         raise
-    return group
-
-
-def _create_v1(name: str, resources: Mapping[str, Any]) -> Group:
-    own = own_paths()
-    group = Group(1, {})
-    pins_cpus = {"cpus", "mems"} <= set(resources.get("cpu", {}))  # a cpuset without both takes no process
-    refused = ""
-    for controller in V1_CONTROLLERS:
-        base = f"{ROOT}/{controller}"
-        if not os.path.isdir(base) or (controller == "cpuset" and not pins_cpus):
-            continue
-        below = "" if name.startswith("/") else own.get(controller, "/").rstrip("/")
-        directory = f"{base}{below}/{name.lstrip('/')}"
-        try:
-            os.makedirs(directory, 0o755, exist_ok=True)
-        except OSError as error:
-            refused = f"{base}{below or '/'} cannot be written: {error.strerror}"
-            continue
-        group.directories[controller] = directory
-    if refused and not group.directories:
-        group.problems += _unmet(resources, refused)
-    return group
-
-
-def _create_v2(name: str, resources: Mapping[str, Any]) -> Group:
-    own = own_paths().get("", "/").rstrip("/")
-    below = "" if name.startswith("/") else own
-    candidates = [below] if below == "" else [below, below.rpartition("/")[0], ""]
-    refused = ""
-    for parent in candidates:
-        directory = f"{ROOT}{parent}/{name.lstrip('/')}"
-        try:
-            os.makedirs(directory, 0o755, exist_ok=True)
-            _write(os.path.join(directory, "cgroup.procs"), "")
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # EINVAL: it can be written, an empty line is no process
-                refused = refused or f"{ROOT}{parent or '/'} cannot be written: {error.strerror}"
-                _discard(directory)
-                continue
-        _enable_controllers(f"{ROOT}{parent}")
-        return Group(2, {"": directory})
-    return Group(0, {}, _unmet(resources, refused))
-
-
-def _discard(directory: str) -> None:
-    try:
-        os.rmdir(directory)
-    except OSError:
-        return
 
 
 def _enable_controllers(parent: str) -> None:

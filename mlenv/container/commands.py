@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from mlenv.container import cgroups
 from mlenv.errors import MlenvError, UsageError
 
 TYPE_CHECKING = False
@@ -12,7 +13,8 @@ if TYPE_CHECKING:
 
 USAGE = """usage: python -I -S mlenv/container/__main__.py run --bundle DIR [--root DIR] ID
        python -I -S mlenv/container/__main__.py exec [OPTION...] DIR -- ARG...
-       python -I -S mlenv/container/__main__.py shim [OPTION...] DIR"""
+       python -I -S mlenv/container/__main__.py shim DIR SOCKET ANSWER_FD CLIENT_FD interactive|-
+       python -I -S mlenv/container/__main__.py delete DIR"""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -28,18 +30,33 @@ def main(arguments: Sequence[str]) -> int:
 
 def _dispatch(arguments: list[str]) -> int:
     command = arguments.pop(0) if arguments else ""
-    if command == "run":
-        from mlenv.container import foreground  # noqa: PLC0415 - a command loads what it needs
+    if command == "shim" and os.fork():
+        return 0  # whoever started us reaps this one; the shim itself belongs to the machine's init
+    if command not in ("run", "exec", "shim"):
+        return _quick(command, arguments)
+    helper = cgroups.begin_attaching()
+    try:
+        if command == "run":
+            from mlenv.container import foreground  # noqa: PLC0415 - a command loads what it needs
 
-        return foreground.run(**_options(arguments))
-    if command == "exec":
-        from mlenv.container import execution  # noqa: PLC0415
+            return foreground.run(**_options(arguments))
+        if command == "exec":
+            from mlenv.container import execution  # noqa: PLC0415
 
-        return execution.main(arguments)
-    if command == "shim":
+            return execution.main(arguments)
         from mlenv.container import shim  # noqa: PLC0415
 
         return shim.main(arguments)
+    finally:
+        cgroups.end_attaching(helper)
+
+
+def _quick(command: str, arguments: list[str]) -> int:
+    if command == "delete" and len(arguments) == 1:
+        from mlenv.container import removal  # noqa: PLC0415
+
+        removal.remove(arguments[0])
+        return 0
     raise UsageError(f"no such command: `{command}`", hint=USAGE)
 
 

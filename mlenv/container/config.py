@@ -104,6 +104,15 @@ class Port:
     container_port: int
     protocol: str = "tcp"
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return the port as the annotation and the state hold it."""
+        return {
+            "host_ip": self.host_ip,
+            "host_port": self.host_port,
+            "container_port": self.container_port,
+            "protocol": self.protocol,
+        }
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resources:
@@ -284,17 +293,7 @@ def _annotations(
     if upper is not None:
         annotations[UPPER] = str(upper)
     if ports:
-        annotations[PORTS] = json.dumps(
-            [
-                {
-                    "host_ip": port.host_ip,
-                    "host_port": port.host_port,
-                    "container_port": port.container_port,
-                    "protocol": port.protocol,
-                }
-                for port in ports
-            ]
-        )
+        annotations[PORTS] = json.dumps([port.as_dict() for port in ports])
     return annotations
 
 

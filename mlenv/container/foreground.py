@@ -9,13 +9,12 @@ import _signal
 import os
 
 from mlenv.container import bundle as bundles
-from mlenv.container import cgroups, namespaces, process, state
+from mlenv.container import process, state, surroundings
 from mlenv.errors import ContainerError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from mlenv.container.bundle import Bundle
-    from mlenv.container.net import NetState
 
 FOREGROUND = "foreground"
 """Directory below the root that holds the states of containers without a shim."""
@@ -78,80 +77,19 @@ def _release(directory: str) -> None:
 
 
 def _run(bundle: Bundle, container_id: str, directory: str) -> int:
-    id_map = namespaces.plan(bundle.linux)
-    group = cgroups.create(container_id, bundle.linux.get("resources", {}), path=bundle.linux.get("cgroupsPath"))
-    known = {
-        "id": container_id,
-        "bundle": bundle.path,
-        "owner": state.identity(os.getpid()),
-        "cgroup": {"version": group.version, "directories": group.directories},
-    }
-    network: list[NetState] = []
-
-    def connect(pid: int) -> None:
-        state.write(directory, {**known, "init": state.identity(pid)})
-        if bundle.network == "private":
-            network.append(_connect(container_id, pid, id_map.needs_namespace, directory))
-
+    known = {"id": container_id, "bundle": bundle.path, "owner": state.identity(os.getpid())}
     try:
-        write_names(bundle, container_id)
-        started = process.start(process.Plan(bundle, group, id_map), connect=connect)
-        for problem in group.problems:
+        started = surroundings.start(bundle, known, directory, note=lambda note: state.write(directory, note))
+        for problem in known["warnings"]:
             os.write(2, f"warning: {problem}\n".encode())
+        if started.terminal_fd is not None:
+            from mlenv.container import terminal  # noqa: PLC0415 - build steps have none
+
+            return terminal.proxy(started.terminal_fd, started.pid)
         return _wait(started)
     finally:
-        _clean_up(group, network)
-
-
-def _connect(container_id: str, pid: int, rootless: bool, directory: str) -> NetState:  # noqa: FBT001
-    from mlenv.container import net  # noqa: PLC0415 - most runs need no network of their own
-
-    return net.setup("private", container_id, pid, rootless=rootless, state_dir=directory)
-
-
-def _clean_up(group: cgroups.Group, network: list[NetState]) -> None:
-    if network:
-        from mlenv.container import net  # noqa: PLC0415
-
-        net.teardown(network[0])
-    group.kill()
-    held = group.remove()
-    if held:
-        os.write(2, f"warning: control groups stay behind: {'; '.join(held)}\n".encode())
-
-
-def write_names(bundle: Bundle, container_id: str) -> None:
-    """Write the hosts, hostname and resolv.conf that the container sees, into the bundle."""
-    if not bundle.writes_names:
-        return
-    hostname = bundle.config.get("hostname") or container_id[:12]
-    bundle.config["hostname"] = hostname
-    files = {
-        "hostname": f"{hostname}\n".encode(),
-        "hosts": f"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost\n127.0.1.1\t{hostname}\n".encode(),
-        "resolv.conf": _resolv_conf(bundle.network),
-    }
-    for name, content in files.items():
-        path = os.path.join(bundle.path, name)
-        file_fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        try:
-            os.write(file_fd, content)
-        finally:
-            os.close(file_fd)
-
-
-def _resolv_conf(network: str) -> bytes:
-    if network == "private":
-        from mlenv.container import net  # noqa: PLC0415
-
-        return net.resolv_conf(network)
-    if network == "none":
-        return b""
-    try:
-        with open("/etc/resolv.conf", "rb") as file:  # noqa: PTH123
-            return file.read()
-    except FileNotFoundError:
-        return b""
+        for held in surroundings.undo(known):
+            os.write(2, f"warning: a control group stays behind: {held}\n".encode())
 
 
 def _wait(started: process.Started) -> int:

@@ -4,7 +4,8 @@
     ------                                   ------------------------------
     fork ----------------------------------> new mount, ipc, uts and network namespaces
     (rootless: map the users first)          "ready"
-    put it in its cgroup, set up its network assemble the root: nothing here needs the parent
+    put it in its cgroups                    assemble the root: nothing here needs the parent
+    set up its network
     "go" ----------------------------------> cgroup namespace, pivot, terminal, privileges
     the channel's end                    <-- exec: the channel closes with it, or carries the error before
 
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import _signal
 import _socket
-import array
 import errno
 import os
 import sys
@@ -61,7 +61,7 @@ class Channel:
         """Send a message. Raises: BrokenPipeError where the other end is gone."""
         ancillary = []
         if descriptor is not None:
-            rights = array.array("i", [descriptor]).tobytes()
+            rights = descriptor.to_bytes(4, sys.byteorder)
             ancillary.append((_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights))
         self.socket.sendmsg([f"{kind} {text}".encode()], ancillary, _socket.MSG_NOSIGNAL)
 
@@ -106,7 +106,7 @@ class Plan:
         self.id_map = id_map
         self.stdio = tuple(stdio)
         self.mounts = mounts.read_mounts(bundle.config.get("mounts", ()), bundle.path)
-        self.privileges = security.Privileges(bundle.process, bundle.linux)
+        self.privileges = security.Privileges(bundle.process, bundle.system_call_filter)
         self.init_fd = sealed_init() if bundle.wants_init else None
 
 
@@ -121,16 +121,16 @@ def start(plan: Plan, *, connect: Callable[[int], None] | None = None) -> Starte
     pid = -1
     try:
         pid, id_map = _fork(plan, ours, theirs)
-        _expect(ours, "ready")
         plan.group.join(pid)
+        expect(ours, "ready")
         if connect is not None:
             connect(pid)
         ours.send("go")
-        terminal_fd = _finish(ours)
+        terminal_fd = finish(ours)
     except BaseException as error:
-        _end(pid)
+        end(pid)
         if isinstance(error, (BrokenPipeError, ConnectionResetError)):
-            raise _reported(ours) from error
+            raise reported(ours) from error
         raise
     finally:
         theirs.close()
@@ -138,7 +138,8 @@ def start(plan: Plan, *, connect: Callable[[int], None] | None = None) -> Starte
     return Started(pid, terminal_fd, id_map)
 
 
-def _end(pid: int) -> None:
+def end(pid: int) -> None:
+    """Kill and reap a child that may have ended already."""
     if pid > 0:
         try:
             os.kill(pid, _SIGKILL)
@@ -187,12 +188,12 @@ def _fork_mapped(plan: Plan, ours: Channel, theirs: Channel) -> tuple[int, IdMap
         _run_middle(plan, theirs)
     theirs.close()
     try:
-        _expect(ours, "user")
+        expect(ours, "user")
         id_map = namespaces.write_map(plan.id_map, middle)
         ours.send("mapped", id_map.mode)
-        pid = int(_expect(ours, "pid"))
+        pid = int(expect(ours, "pid"))
     except BaseException:
-        _end(middle)
+        end(middle)
         raise
     os.waitpid(middle, 0)
     return pid, id_map
@@ -209,7 +210,7 @@ def _run_middle(plan: Plan, channel: Channel) -> NoReturn:
         except OSError as error:
             raise _user_namespace_refused(error) from error
         channel.send("user")
-        mode = _expect(channel, "mapped")
+        mode = expect(channel, "mapped")
         if mode != plan.id_map.mode:
             plan.id_map = namespaces.single(os.geteuid(), os.getegid(), "")
         os.setresgid(0, 0, 0)
@@ -222,7 +223,7 @@ def _run_middle(plan: Plan, channel: Channel) -> NoReturn:
         channel.send("pid", str(pid))
         os._exit(0)
     except BaseException as error:  # noqa: BLE001 - everything is told to the parent
-        _tell(channel, error)
+        tell(channel, error)
     os._exit(_EXIT_FAILED)
 
 
@@ -240,7 +241,7 @@ def _run_child(plan: Plan, channel: Channel) -> NoReturn:
     try:
         _assemble_and_execute(plan, channel)
     except BaseException as error:  # noqa: BLE001 - everything is told to the parent
-        _tell(channel, error)
+        tell(channel, error)
     os._exit(_EXIT_FAILED)
 
 
@@ -260,7 +261,7 @@ def _assemble_and_execute(plan: Plan, channel: Channel) -> None:
     )
     _name_host(bundle)
     identity = read_identity(bundle, root_fd)
-    _expect(channel, "go")
+    expect(channel, "go")
     if "cgroup" in bundle.namespaces:
         _enter("cgroup", bundle.namespaces["cgroup"])
     if process.get("terminal"):
@@ -268,8 +269,6 @@ def _assemble_and_execute(plan: Plan, channel: Channel) -> None:
     _set_kernel_parameters(bundle)
     rootfs.restrict(bundle, root_fd)
     rootfs.enter(root_fd)
-    if not process.get("terminal"):
-        _clear_controlling_terminal()
     _score_out_of_memory(process.get("oomScoreAdj"))
     execute(
         channel,
@@ -284,9 +283,6 @@ def _assemble_and_execute(plan: Plan, channel: Channel) -> None:
 
 def _own_stdio(plan: Plan, channel: Channel) -> None:
     """Put the container's streams on 0, 1, 2 and close every descriptor that is not needed."""
-    keep = {channel.socket.fileno()}
-    if plan.init_fd is not None:
-        keep.add(plan.init_fd)
     copies = [os.dup(descriptor) if descriptor > 2 else descriptor for descriptor in plan.stdio]  # noqa: PLR2004
     if tuple(copies) != (0, 1, 2):
         high = [os.dup(descriptor) for descriptor in copies]
@@ -294,8 +290,13 @@ def _own_stdio(plan: Plan, channel: Channel) -> None:
             os.dup2(descriptor, target, inheritable=True)
     for descriptor in (0, 1, 2):
         os.set_inheritable(descriptor, True)
+    keep_only({channel.socket.fileno()} | ({plan.init_fd} if plan.init_fd is not None else set()))
+
+
+def keep_only(wanted: set[int]) -> None:
+    """Close every descriptor but the standard streams and `wanted`."""
     first = 3
-    for descriptor in sorted(keep):
+    for descriptor in sorted(wanted):
         if descriptor > first:
             syscalls.close_range(first, descriptor - 1)
         first = descriptor + 1
@@ -330,17 +331,13 @@ def _name_host(bundle: Bundle) -> None:
 
 def _set_kernel_parameters(bundle: Bundle) -> None:
     for key, value in bundle.linux.get("sysctl", {}).items():
-        with open(f"/proc/sys/{key.replace('.', '/')}", "w", encoding="ascii") as file:  # noqa: PTH123
+        with open(f"/proc/sys/{key.replace('.', '/')}", "w", encoding="utf-8") as file:  # noqa: PTH123
             file.write(value)
-
-
-def _clear_controlling_terminal() -> None:
-    """`setsid` has done it; what is left open on 0, 1 and 2 is the caller's business."""
 
 
 def _score_out_of_memory(score: int | None) -> None:
     if score is not None:
-        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:  # noqa: PTH123
+        with open("/proc/self/oom_score_adj", "w", encoding="utf-8") as file:  # noqa: PTH123
             file.write(str(score))
 
 
@@ -349,13 +346,14 @@ def read_identity(bundle: Bundle, root_fd: int) -> security.Identity:
     user = bundle.process.get("user", {})
     numbers = f"{user.get('uid', 0)}:{user.get('gid', 0)}"
     name = bundle.annotations.get("dev.mlenv.user")
-    passwd = _root_file(root_fd, "/etc/passwd")
-    identity = security.look_up(name or numbers, passwd, _root_file(root_fd, "/etc/group") if name else b"")
+    passwd = root_file(root_fd, "/etc/passwd")
+    identity = security.look_up(name or numbers, passwd, root_file(root_fd, "/etc/group") if name else b"")
     identity.groups += user.get("additionalGids", ())
     return identity
 
 
-def _root_file(root_fd: int, path: str) -> bytes:
+def root_file(root_fd: int, path: str) -> bytes:
+    """Return a small file of the root, nothing where there is none."""
     try:
         file_fd = mounts.open_in_root(root_fd, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:  # an image without it has no names
@@ -410,7 +408,7 @@ def execute(
     _reset_signals()
     arguments = process["args"]
     program = find_program(arguments[0], environment.get("PATH", DEFAULT_PATH))
-    if dies_with_parent:
+    if dies_with_parent:  # a parent that is gone already shows at the next message
         syscalls.set_parent_death_signal(_SIGKILL)
     if init_fd is not None:
         _execute_init(init_fd, channel, program, arguments, environment)
@@ -510,7 +508,7 @@ def _execute_init(
     os.execve(init_fd, ["mlenv-init", str(channel_fd), program, *arguments], environment)
 
 
-def _tell(channel: Channel, error: BaseException) -> None:
+def tell(channel: Channel, error: BaseException) -> None:
     """Send an error to the parent."""
     if isinstance(error, MlenvError):
         fields = {
@@ -527,7 +525,7 @@ def _tell(channel: Channel, error: BaseException) -> None:
         os._exit(_EXIT_FAILED)
 
 
-def _expect(channel: Channel, kind: str) -> str:
+def expect(channel: Channel, kind: str) -> str:
     """Return the text of the next message, which must be of `kind`.
 
     Raises: ContainerStartError with what the other side reported, or that it ended.
@@ -551,7 +549,7 @@ def _as_error(word: str, text: str) -> ContainerStartError:
     return ContainerStartError("the container's first process failed", cause=what)
 
 
-def _reported(channel: Channel) -> ContainerStartError:
+def reported(channel: Channel) -> ContainerStartError:
     """Return what the child said before the channel broke."""
     while True:
         word, text, _ = channel.receive()
@@ -559,7 +557,7 @@ def _reported(channel: Channel) -> ContainerStartError:
             return _as_error(word, text)
 
 
-def _finish(channel: Channel) -> int | None:
+def finish(channel: Channel) -> int | None:
     """Wait until the program has been executed; return the pty's master where there is one."""
     terminal_fd = None
     executed = False

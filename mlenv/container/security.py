@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import resource
 
-from mlenv.container import seccomp, syscalls
+from mlenv.container import syscalls
 from mlenv.errors import ContainerError
 
 TYPE_CHECKING = False
@@ -49,7 +49,7 @@ class Privileges:
 
     __slots__ = ("ambient", "bounding", "effective", "filter", "inheritable", "limits", "no_new", "permitted")
 
-    def __init__(self, process: Mapping[str, Any], linux: Mapping[str, Any]) -> None:
+    def __init__(self, process: Mapping[str, Any], system_call_filter: bytes | None) -> None:
         wanted = process.get("capabilities", {})
         self.bounding = mask(wanted.get("bounding", ()))
         self.effective = mask(wanted.get("effective", ()))
@@ -58,8 +58,7 @@ class Privileges:
         self.ambient = mask(wanted.get("ambient", ()))
         self.limits = [limit(entry) for entry in process.get("rlimits", ())]
         self.no_new = bool(process.get("noNewPrivileges"))
-        profile = linux.get("seccomp")
-        self.filter = seccomp.assemble(profile, syscalls.MACHINE) if profile else None
+        self.filter = system_call_filter
 
 
 def mask(names: Sequence[str]) -> int:

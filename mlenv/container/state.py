@@ -21,7 +21,7 @@ _START_TIME_FIELD = 19
 
 def boot_id() -> str:
     """Return the id of this boot of the machine."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:  # noqa: PTH123
+    with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:  # noqa: PTH123
         return file.read().strip()
 
 

@@ -1,0 +1,662 @@
+"""A container's life: create, start, attach, stop, remove; and what is known of all of them.
+
+Everything lies in `paths.containers_dir()/ID`: the bundle, the written layer, the log and `state.json`. Every change
+of state happens under the container's lock, and whoever looks first clears away what a killed owner left.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlenv import paths
+from mlenv.container import attaching, bundle as bundles, logfile, record, removal, state, surroundings
+from mlenv.errors import ContainerError, ContainerStartError, NameInUseError, NoSuchContainerError, PortInUseError
+
+if TYPE_CHECKING:
+    import _socket
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from mlenv.container.config import Port
+
+CORE = Path(__file__).with_name("__main__.py")
+_SIGTERM, _SIGKILL = 15, 9
+_KILL_DEADLINE = 10.0
+"""Seconds that the kernel gets to end what has been killed."""
+_NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
+
+
+class Status(str, Enum):
+    """Where a container is in its life. Source: OCI runtime-spec 1.0.2 runtime.md "State"."""
+
+    CREATED = "created"
+    RUNNING = "running"
+    STOPPED = "stopped"
+
+    def __str__(self) -> str:
+        """Return the status as `ps` shows it."""
+        return self.value
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its process runs."""
+        return self is Status.RUNNING
+
+    @property
+    def can_start(self) -> bool:
+        """Whether it can be started: for the first time, or again with what it had written."""
+        return self is not Status.RUNNING
+
+    @property
+    def can_remove(self) -> bool:
+        """Whether it can be removed without ending it first."""
+        return self is not Status.RUNNING
+
+
+@dataclass(kw_only=True, slots=True)
+class Container:
+    """A container as it was when it was looked at. `pid` is PID 1's on the host; times are seconds of the epoch."""
+
+    id: str
+    name: str
+    status: Status
+    pid: int | None
+    exit_code: int | None
+    created: float
+    started: float | None
+    finished: float | None
+    config: dict[str, Any]
+    bundle: Path
+    ports: tuple[Port, ...]
+    oom_killed: bool = False
+    warnings: tuple[str, ...] = ()
+    channel: _socket.socket | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def image(self) -> str:
+        """Return the image's reference, empty for a bundle without one."""
+        return str(self.config.get("annotations", {}).get(bundles.IMAGE, ""))
+
+    @property
+    def environment(self) -> str:
+        """Return the name of the environment this is, empty for any other container."""
+        return str(self.config.get("annotations", {}).get(bundles.ENVIRONMENT, ""))
+
+
+# --- beginning
+
+
+def create(
+    config: Mapping[str, Any],
+    *,
+    name: str | None = None,
+    container_id: str | None = None,
+    remove_on_exit: bool = False,
+) -> Container:
+    """Make a container of an OCI configuration; nothing runs yet.
+
+    Raises: NameInUseError; ContainerError for a configuration that cannot be carried out.
+    """
+    faults = bundles.check(dict(config))
+    if faults:
+        raise ContainerError("the container's configuration cannot be carried out", cause="\n".join(faults))
+    container_id = container_id or os.urandom(32).hex()
+    name = _checked_name(name) if name else f"{container_id[:12]}"
+    root = paths.containers_dir()
+    root.mkdir(mode=0o711, parents=True, exist_ok=True)
+    with _locked(root):
+        _refuse_taken(root, name)
+        directory = root / container_id
+        draft = root / f"{container_id}.{os.getpid()}.gone"  # what is not finished is swept like a removal
+        draft.mkdir(mode=0o711)
+        try:
+            annotations = {**config.get("annotations", {}), bundles.NAME: name}
+            complete = {"hostname": container_id[:12], **config, "annotations": annotations}
+            _fill(draft, complete, container_id, name, remove_on_exit=remove_on_exit)
+            draft.rename(directory)
+        except BaseException:
+            removal.remove_tree(str(draft))
+            raise
+    return _load(directory)
+
+
+def _checked_name(name: str) -> str:
+    if not _NAME_CHARACTERS.issuperset(name) or name[0] in "-.":
+        raise ContainerError(
+            f"`{name}` is no name for a container", hint="use letters, digits and _ . -, beginning with no . or -"
+        )
+    return name
+
+
+def _refuse_taken(root: Path, name: str) -> None:
+    for directory in _directories(root):
+        if state.read(str(directory)).get("name") == name:
+            raise NameInUseError(
+                f"a container with the name `{name}` exists", hint=f"`mlenv rm {name}`, or choose another name"
+            )
+
+
+def _fill(
+    directory: Path, config: dict[str, Any], container_id: str, name: str, *, remove_on_exit: bool
+) -> None:
+    record.write(str(directory / "config.json"), config)
+    (directory / "rootfs").mkdir()
+    known = {
+        "id": container_id,
+        "name": name,
+        "status": Status.CREATED.value,
+        "created": time.time(),
+        "remove_on_exit": remove_on_exit,
+    }
+    state.write(str(directory), known)
+
+
+def start(container: Container, *, interactive: bool = False, attached: bool = False) -> None:
+    """Start a container that does not run; return when its program has been executed.
+
+    `interactive` keeps its stdin open; `attached` makes `attach` on the same object miss nothing: the container waits
+    for a reader that is slow. Raises: ContainerStartError with 125, 126 or 127; PortInUseError.
+    """
+    directory = str(container.bundle)
+    with _locked(container.bundle):
+        known = _swept(directory)
+        if Status(known["status"]).is_running:
+            raise ContainerError(f"the container `{container.name}` is running already")
+        answer, channel = _spawn_shim(directory, container.id, interactive=interactive, attached=attached)
+    if not answer.get("ok"):
+        if channel is not None:
+            channel.close()
+        raise _start_error(answer, container)
+    container.channel = channel
+    _refresh(container)
+
+
+def _spawn_shim(
+    directory: str, container_id: str, *, interactive: bool, attached: bool
+) -> tuple[dict[str, Any], _socket.socket | None]:
+    import _socket
+
+    answer_read, answer_write = os.pipe()
+    ours = theirs = None
+    if attached:
+        ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    answer_fd, client_fd = 3, 4
+    # Descriptors are copied out of the way first, so that none is overwritten before it is used.
+    high_answer = _above(answer_write, 10)
+    actions: list[tuple[int, ...] | tuple[int, int, str, int, int]] = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+        (os.POSIX_SPAWN_OPEN, 2, f"{directory}/shim.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
+        (os.POSIX_SPAWN_DUP2, high_answer, answer_fd),
+    ]
+    high_client = -1
+    if theirs is not None:
+        high_client = _above(theirs.fileno(), 10)
+        actions.append((os.POSIX_SPAWN_DUP2, high_client, client_fd))
+    socket_path = str(paths.socket_dir() / "a" / container_id[:12])
+    words = [
+        *core_command("shim"),
+        directory,
+        socket_path,
+        str(answer_fd),
+        str(client_fd if attached else -1),
+        "interactive" if interactive else "-",
+    ]
+    try:
+        pid = os.posix_spawn(sys.executable, words, os.environ, file_actions=actions)
+    finally:
+        for descriptor in (answer_write, high_answer, high_client):
+            if descriptor >= 0:
+                os.close(descriptor)
+        if theirs is not None:
+            theirs.close()
+    os.waitpid(pid, 0)
+    text = b""
+    try:
+        while chunk := os.read(answer_read, 65536):
+            text += chunk
+    finally:
+        os.close(answer_read)
+    if not text:
+        complaint = _tail(f"{directory}/shim.log")
+        return {"message": "the container's shim ended without a word", "cause": complaint, "status": 125}, ours
+    answer: dict[str, Any] = record.parse(text.decode())
+    return answer, ours
+
+
+def _above(descriptor: int, lowest: int) -> int:
+    """Return a close-on-exec copy of a descriptor numbered `lowest` or higher."""
+    import fcntl
+
+    return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, lowest)
+
+
+def core_command(command: str) -> list[str]:
+    """Return the words that start the core as a fresh process; it must not be forked from a threaded one."""
+    return [sys.executable, "-I", "-S", str(CORE), command]
+
+
+def _tail(path: str) -> str | None:
+    try:
+        return Path(path).read_text("utf-8", "replace")[-2000:].strip() or None
+    except FileNotFoundError:
+        return None
+
+
+def _start_error(answer: Mapping[str, Any], container: Container) -> ContainerError:
+    fields = {"cause": answer.get("cause"), "hint": answer.get("hint")}
+    if answer.get("code") == PortInUseError.code:
+        return PortInUseError(answer["message"], **fields)
+    message = f"the container `{container.name}` cannot be started: {answer['message']}"
+    return ContainerStartError(message, **fields, status=answer.get("status", 125))
+
+
+# --- looking
+
+
+def containers(*, all: bool = True) -> list[Container]:  # noqa: A002 - `ps --all`
+    """Return the containers, newest first; what killed owners left is cleared away before."""
+    root = paths.containers_dir()
+    found = []
+    for directory in _directories(root):
+        try:
+            _swept_under_lock(directory)
+            found.append(_load(directory))
+        except FileNotFoundError:  # it has been removed meanwhile
+            continue
+    _sweep_foreground()
+    wanted = [container for container in found if all or container.status.is_running]
+    return sorted(wanted, key=lambda container: container.created, reverse=True)
+
+
+def find(reference: str) -> Container:
+    """Return the container with this name, id or beginning of an id.
+
+    Raises: NoSuchContainerError; ContainerError for a beginning that several have.
+    """
+    known = containers()
+    for container in known:
+        if reference in (container.name, container.id):
+            return container
+    matching = [container for container in known if reference and container.id.startswith(reference)]
+    if len(matching) > 1:
+        raise ContainerError(f"{len(matching)} containers begin with `{reference}`", hint="give more of the id")
+    if not matching:
+        raise NoSuchContainerError(f"there is no container `{reference}`", hint="`mlenv ps -a` lists them")
+    return matching[0]
+
+
+def _directories(root: Path) -> list[Path]:
+    """Return the containers' directories; unfinished and half-removed ones are deleted on the way."""
+    if not root.is_dir():
+        return []
+    found = []
+    for entry in os.scandir(root):
+        if entry.name.endswith(".gone"):
+            _delete_if_abandoned(entry.path)
+        elif os.path.exists(os.path.join(entry.path, state.STATE_FILE)):
+            found.append(Path(entry.path))
+    return found
+
+
+def _delete_if_abandoned(path: str) -> None:
+    pid = path.rsplit(".", 2)[1]
+    if not pid.isdigit() or state.start_time(int(pid)) is None:
+        _delete(path)
+
+
+def _load(directory: Path) -> Container:
+    from mlenv.container.config import Port
+
+    known = state.read(str(directory))
+    config = record.read(str(directory / "config.json"))
+    asked = record.parse(config.get("annotations", {}).get(bundles.PORTS, "[]"))
+    status = Status(known["status"])
+    return Container(
+        id=known["id"],
+        name=known["name"],
+        status=status,
+        pid=known["init"]["pid"] if status.is_running else None,
+        exit_code=known.get("exit_code"),
+        created=known["created"],
+        started=known.get("started"),
+        finished=known.get("finished"),
+        config=config,
+        bundle=directory,
+        ports=tuple(Port(**port) for port in known.get("ports", asked)),
+        oom_killed=bool(known.get("out_of_memory_kills")),
+        warnings=tuple(known.get("warnings", ())),
+    )
+
+
+def _refresh(container: Container) -> None:
+    """Bring a container's fields up to date; one that is gone counts as stopped."""
+    try:
+        fresh = _load(container.bundle)
+    except FileNotFoundError:
+        container.status, container.pid = Status.STOPPED, None
+        return
+    for name in ("status", "pid", "exit_code", "started", "finished", "ports", "oom_killed", "warnings"):
+        setattr(container, name, getattr(fresh, name))
+
+
+# --- sweeping
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    lock_fd = state.lock(str(directory))
+    try:
+        yield
+    finally:
+        if lock_fd is not None:
+            os.close(lock_fd)
+
+
+def _swept_under_lock(directory: Path) -> None:
+    """Clear a container whose shim has died, unless someone is changing it right now."""
+    if not _is_orphaned(state.read(str(directory))):
+        return
+    lock_fd = state.lock(str(directory), wait=False)
+    if lock_fd is None:
+        return
+    try:
+        _swept(str(directory))
+    finally:
+        os.close(lock_fd)
+
+
+def _is_orphaned(known: Mapping[str, Any]) -> bool:
+    owner = known.get("shim")
+    return bool(owner) and not state.is_alive(owner)
+
+
+def _swept(directory: str) -> dict[str, Any]:
+    """Return a container's state, after undoing what a dead shim left; the lock is held."""
+    known = state.read(directory)
+    if not _is_orphaned(known):
+        return known
+    rebooted = known["shim"]["boot_id"] != state.boot_id()
+    if not rebooted:
+        surroundings.undo(known)
+        _unlink(known.get("socket"))
+    if known["status"] == Status.RUNNING.value:
+        known |= {"status": Status.STOPPED.value, "exit_code": None if rebooted else 137, "finished": time.time()}
+        known["warnings"] = ["the machine was restarted" if rebooted else "the container's shim was killed"]
+    known |= {"shim": None, "init": None, "socket": None}
+    state.write(directory, known)
+    if known.get("remove_on_exit"):
+        _delete(directory)
+    return known
+
+
+def _unlink(path: str | None) -> None:
+    if path:
+        Path(path).unlink(missing_ok=True)
+
+
+def _sweep_foreground() -> None:
+    """Undo what killed containers without a shim left."""
+    root = paths.run_dir() / "foreground"
+    if not root.is_dir():
+        return
+    for directory in list(root.iterdir()):
+        lock_fd = state.lock(str(directory), wait=False)
+        if lock_fd is None:
+            continue
+        try:
+            if (directory / state.STATE_FILE).exists():
+                surroundings.undo(state.read(str(directory)))
+            removal.remove_tree(str(directory))
+        finally:
+            os.close(lock_fd)
+
+
+# --- while it runs
+
+
+def attach(container: Container, *, stdin: bool = True) -> int:
+    """Connect our standard streams to the container's and return its exit status; 0 after Ctrl-P Ctrl-Q.
+
+    Without a terminal our signals are passed on. Raises: ContainerError where it does not run.
+    """
+    connection = container.channel or _connect(container)
+    container.channel = None
+    status = attaching.Session(connection, stdin=stdin).run()
+    _refresh(container)
+    return 0 if status is None else status
+
+
+def _connect(container: Container) -> _socket.socket:
+    known = _known(container)
+    path = known.get("socket")
+    if known["status"] == Status.RUNNING.value and path:
+        try:
+            return attaching.connect(path)
+        except OSError as error:
+            raise ContainerError(f"the container `{container.name}` does not answer", cause=str(error)) from error
+    raise ContainerError(
+        f"the container `{container.name}` is not running", hint=f"mlenv start {container.name}", code="not-running"
+    )
+
+
+def _known(container: Container) -> dict[str, Any]:
+    try:
+        return state.read(str(container.bundle))
+    except FileNotFoundError:
+        raise NoSuchContainerError(f"there is no container `{container.name}` any more") from None
+
+
+def wait(container: Container) -> int:
+    """Return the container's exit status once it has ended."""
+    try:
+        connection = _connect(container)
+    except ContainerError:
+        _settle(container)
+        _refresh(container)
+        return 125 if container.exit_code is None else container.exit_code
+    status = attaching.Session(connection, stdin=False, output=False).run()
+    _refresh(container)
+    return 125 if status is None else status
+
+
+def _settle(container: Container) -> None:
+    """Wait until a container whose shim is finishing has its state written."""
+    known = _known(container)
+    shim = known.get("shim")
+    if shim:
+        _await_end(shim, _KILL_DEADLINE)
+    if container.bundle.exists():
+        _swept_under_lock(container.bundle)
+
+
+def kill(container: Container, signal: int) -> None:
+    """Send a signal to the container's process.
+
+    Raises: ContainerError where it does not run.
+    """
+    known = _known(container)
+    if not state.kill_exactly(known.get("init"), signal):
+        raise ContainerError(f"the container `{container.name}` is not running", code="not-running")
+
+
+def stop(container: Container, *, timeout: float = 10.0) -> None:
+    """End the container: its stop signal, then SIGKILL to everything in it after `timeout` seconds.
+
+    One that does not run is left as it is. Raises: ContainerError if the kernel cannot end it.
+    """
+    try:
+        known = _known(container)
+    except NoSuchContainerError:
+        return
+    shim, init = known.get("shim"), known.get("init")
+    if known["status"] == Status.RUNNING.value and state.is_alive(shim):
+        signal = int(container.config.get("annotations", {}).get(bundles.STOP_SIGNAL, _SIGTERM))
+        state.kill_exactly(init, signal)
+        if not _await_end(shim, timeout):
+            state.group_of(known).kill()
+            state.kill_exactly(init, _SIGKILL)
+            if not _await_end(shim, _KILL_DEADLINE):
+                raise ContainerError(
+                    f"the container `{container.name}` does not end",
+                    cause="a process of it waits inside the kernel, often for a lost network disk",
+                )
+    if container.bundle.exists():
+        _swept_under_lock(container.bundle)
+    _refresh(container)
+
+
+def _await_end(known: Mapping[str, Any] | None, timeout: float) -> bool:
+    """Whether the process of this identity ends within `timeout` seconds."""
+    import select
+
+    from mlenv.container import syscalls
+
+    if not known or not state.is_alive(dict(known)):
+        return True
+    try:
+        pidfd = syscalls.pidfd_open(known["pid"])
+    except ProcessLookupError:
+        return True
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        return bool(poll.poll(timeout * 1000)) or not state.is_alive(dict(known))
+    finally:
+        os.close(pidfd)
+
+
+# --- end
+
+
+def remove(container: Container, *, force: bool = False) -> None:
+    """Delete a container with all it has written; `force` ends it first.
+
+    Raises: ContainerError for one that runs.
+    """
+    if container.channel is not None:
+        container.channel.close()
+        container.channel = None
+    if not container.bundle.exists():
+        return
+    if force:
+        stop(container, timeout=0)
+    if not container.bundle.exists():
+        return
+    with _locked(container.bundle):
+        if Status(_swept(str(container.bundle))["status"]).is_running:
+            raise ContainerError(
+                f"the container `{container.name}` is running", hint=f"`mlenv stop {container.name}`, or `rm -f`"
+            )
+        _delete(str(container.bundle))
+
+
+def _delete(directory: str) -> None:
+    """Delete a directory, as the container's root where we may not."""
+    if os.geteuid() == 0:
+        removal.remove(directory)
+        return
+    pid = os.posix_spawn(sys.executable, [*core_command("delete"), directory], os.environ)
+    _, status = os.waitpid(pid, 0)
+    if status:
+        raise ContainerError(f"cannot delete `{directory}`", cause="its files belong to subordinate users")
+
+
+def logs(
+    container: Container, *, follow: bool = False, tail: int | None = None, since: float | None = None
+) -> Iterator[tuple[str, bytes]]:
+    """Yield ("stdout" or "stderr", bytes) of what the container wrote, oldest first.
+
+    `tail` counts the last lines of text, `since` is seconds of the epoch; `follow` goes on until it ends.
+    """
+    directory = str(container.bundle)
+    entries = [entry for entry in _stored(directory) if since is None or entry[0] >= since]
+    yield from _last_lines(entries, tail)
+    if follow:
+        yield from _followed(container)
+
+
+def _stored(directory: str) -> Iterator[tuple[float, str, bytes]]:
+    for name in logfile.files(directory):
+        with open(name, "rb") as lines:
+            yield from logfile.entries(iter(lines))
+
+
+def _last_lines(entries: Sequence[tuple[float, str, bytes]], tail: int | None) -> Iterator[tuple[str, bytes]]:
+    """Yield the entries' bytes, of the last `tail` lines only."""
+    pieces = [(stream, line) for _, stream, data in entries for line in data.splitlines(keepends=True)]
+    if tail is not None:
+        start_at = len(pieces)
+        missing = tail
+        while start_at and (missing or not pieces[start_at - 1][1].endswith(b"\n")):
+            start_at -= 1
+            missing -= bool(pieces[start_at][1].endswith(b"\n")) or start_at == len(pieces) - 1
+            if missing < 0:
+                start_at += 1
+                break
+        pieces = pieces[start_at:]
+    yield from pieces
+
+
+def _followed(container: Container) -> Iterator[tuple[str, bytes]]:
+    """Yield what is written from now on."""
+    directory = str(container.bundle)
+    path = os.path.join(directory, logfile.NAME)
+    file = open(path, "rb")  # noqa: SIM115 - replaced at rotation
+    file.seek(0, os.SEEK_END)
+    pending = b""
+    try:
+        while True:
+            pending += file.read()
+            lines, _, pending = pending.rpartition(b"\n")
+            if lines:
+                for _, stream, data in logfile.entries(iter(line + b"\n" for line in lines.split(b"\n"))):
+                    yield stream, data
+                continue
+            if os.path.exists(path) and os.stat(path).st_ino != os.fstat(file.fileno()).st_ino:
+                file.close()
+                file = open(path, "rb")  # noqa: SIM115
+                continue
+            try:
+                shim = state.read(directory).get("shim")
+            except FileNotFoundError:
+                return
+            if not shim or _await_end(shim, 0.1):
+                if not file.peek(1):
+                    return
+    finally:
+        file.close()
+
+
+def exec_command(
+    container: Container,
+    args: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: str | None = None,
+    user: str | None = None,
+    terminal: bool = False,
+    pid_fd: int | None = None,
+    lifeline_fd: int | None = None,
+) -> list[str]:
+    """Return the words of the process that runs `args` in the container with our standard streams.
+
+    It passes signals on and ends with the command's status, 125, 126 or 127 as Docker. It writes the command's host
+    pid and a newline to `pid_fd` once it has been executed; the end of `lifeline_fd` kills the command.
+    """
+    words = core_command("exec")
+    for key, value in (env or {}).items():
+        words += ["--env", f"{key}={value}"]
+    options = (("--cwd", cwd), ("--user", user), ("--pid-fd", pid_fd), ("--lifeline-fd", lifeline_fd))
+    for option, wanted in options:
+        if wanted is not None:
+            words += [option, str(wanted)]
+    if terminal:
+        words.append("--terminal")
+    return [*words, str(container.bundle), "--", *args]

@@ -1,54 +1,55 @@
-"""Builds the container's PID 1 where a C compiler is; without one mlenv uses its Python reaper."""
+"""Build the one thing that is not Python: PID 1 of a container, a static program of a page of C."""
 
 from __future__ import annotations
 
-import os
+import shutil
 import subprocess
-import sys
 from pathlib import Path
 
-from setuptools import Command, setup
+from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
-SOURCE = Path(__file__).parent / "mlenv" / "container" / "init.c"
+SOURCE = Path("mlenv/container/init.c")
 
 
-def compile_init(target: Path) -> None:
-    """Compile init.c static to `target`; a machine that cannot gets a note, not a failure."""
-    compiler = os.environ.get("CC", "cc")
-    command = [compiler, "-Os", "-static", "-s", "-Wall", "-o", str(target), str(SOURCE)]
-    try:
-        subprocess.run(command, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        sys.stderr.write(f"mlenv: PID 1 stays the Python reaper: {error}\n")
+class BuildPackage(build_py):
+    """Compile `init` beside the modules, and put the catalog of specs into a package that is not editable."""
+
+    def run(self) -> None:
+        """Copy the package and compile; without a C compiler the core uses its PID 1 in Python."""
+        super().run()
+        root = Path() if self.editable_mode else Path(self.build_lib)
+        if (reason := compile_init(root / SOURCE.with_suffix(""))) is not None:
+            self.warn(f"{reason}: containers get the reaper in Python as PID 1")
+        if not self.editable_mode:
+            shutil.copytree("envs", root / "mlenv" / "catalog", dirs_exist_ok=True)
 
 
-class BuildInit(Command):
-    """`python setup.py build_init`: compile beside the source, for an editable installation."""
-
-    user_options = []  # noqa: RUF012 - setuptools' protocol
-
-    def initialize_options(self) -> None:
-        """Have nothing to initialise."""
+class Wheel(bdist_wheel):
+    """A wheel for any Python 3 on this platform, because of the compiled program."""
 
     def finalize_options(self) -> None:
-        """Have nothing to finalise."""
+        """Mark the wheel as one with a binary."""
+        super().finalize_options()
+        self.root_is_pure = False
 
-    def run(self) -> None:
-        """Compile."""
-        compile_init(SOURCE.with_suffix(""))
-
-
-class BuildWithInit(build_py):
-    """Copies the package and puts the compiled init into it."""
-
-    def run(self) -> None:
-        """Build; an editable build has its init beside the source."""
-        super().run()
-        editable = getattr(self, "editable_mode", False)
-        folder = SOURCE.parent if editable else Path(self.build_lib) / "mlenv" / "container"
-        folder.mkdir(parents=True, exist_ok=True)
-        compile_init(folder / "init")
+    def get_tag(self) -> tuple[str, str, str]:
+        """Return Python 3, no ABI, this platform."""
+        return "py3", "none", super().get_tag()[2]
 
 
-setup(cmdclass={"build_init": BuildInit, "build_py": BuildWithInit})
+def compile_init(target: Path) -> str | None:
+    """Compile to `target` by way of a temporary name, so that it is whole or not there; return why not."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        return "there is no C compiler"
+    partial = target.with_suffix(".partial")
+    command = [compiler, "-std=gnu11", "-Os", "-s", "-static", "-Wall", "-Wextra", "-o", partial, SOURCE]
+    if subprocess.run(command, check=False).returncode != 0:
+        return "there is no static C library"
+    partial.replace(target)
+    return None
+
+
+setup(cmdclass={"build_py": BuildPackage, "bdist_wheel": Wheel})

@@ -17,7 +17,8 @@ def command(*, quiet: bool, as_json: bool) -> None:
     Example: mlenv images
     """  # noqa: D301 - click's paragraph mark
     from mlenv import paths
-    from mlenv.image.store import Store, images
+    from mlenv.image.images import images
+    from mlenv.image.store import Store
 
     found = images(Store(paths.store_dir()))
     if as_json:

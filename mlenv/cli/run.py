@@ -13,6 +13,7 @@ from mlenv.cli import options, render
 if TYPE_CHECKING:
     from mlenv.image.build import Image
     from mlenv.launch.local import Options
+    from mlenv.progress import Progress
 
 
 @click.command("run", context_settings={"allow_interspersed_args": False})
@@ -62,16 +63,23 @@ def command(image: str, args: tuple[str, ...], *, detach: bool, rm: bool, name: 
     return lifecycle.attach(container, stdin=asked["interactive"])
 
 
-def _image(text: str, mirror: str | None, progress: Any) -> tuple[Image, Options]:
-    """Return the image a text means and the options its spec sets: an image's reference, else a spec's name."""
+def _image(text: str, mirror: str | None, progress: Progress) -> tuple[Image, Options]:
+    """Return the image a text means and the options its spec sets: a spec's name or file, else an image's reference."""
     from mlenv import environment, paths
-    from mlenv.image.store import Store, find
+    from mlenv.errors import ImageNotFoundError, SpecNotFoundError
+    from mlenv.image.images import find_image
+    from mlenv.image.store import Store
     from mlenv.launch.local import Options, spec_options
 
-    found = find(Store(paths.store_dir()), text)
-    if found is not None:
-        return found, Options()
-    prepared = environment.prepare(text, cwd=Path.cwd(), mirror=mirror, progress=progress)
+    try:
+        prepared = environment.prepare(text, cwd=Path.cwd(), mirror=mirror, progress=progress)
+    except SpecNotFoundError as no_spec:
+        try:
+            return find_image(Store(paths.store_dir()), text), Options()
+        except ImageNotFoundError as no_image:
+            raise ImageNotFoundError(
+                f"`{text}` is neither an environment nor an image", cause=no_spec.message, hint=no_image.hint
+            ) from no_spec
     return prepared.image, spec_options(prepared.spec)
 
 

@@ -131,13 +131,17 @@ def bundle_config(image: Image, options: Options, *, progress: Progress) -> dict
 
 
 def device_edits(selection: GpuSelection | None, *, progress: Progress) -> dict[str, Any] | None:
-    """Return what gives a container the GPUs of `selection`, None where it gets none."""
+    """Return the CDI edits that give a container the GPUs of `selection`, None where it gets none."""
     if selection is None or selection.mode == "none":
         return None
-    from mlenv.container.gpu import nvidia
+    from mlenv.container.gpu import cdi
 
-    del progress
-    return nvidia.edits(mode=selection.mode, count=selection.count, ids=selection.ids)
+    injection = cdi.inject(
+        mode=selection.mode, count=selection.count, ids=selection.ids, memory=selection.memory
+    )
+    if injection.gpus:
+        progress.note(f"GPUs: {', '.join(gpu.name for gpu in injection.gpus)}")
+    return injection.edits or None
 
 
 def spec_options(spec: Spec, *, publish: Sequence[oci.Port] = ()) -> Options:

@@ -59,45 +59,15 @@ def make_bundle(path: Path, rootfs_tar: Path) -> Path:
 
 
 def configuration() -> dict[str, Any]:
-    """Return an OCI configuration that runs `true` with a cgroup and no network but an empty namespace."""
-    capabilities = ["CAP_KILL", "CAP_NET_BIND_SERVICE"]
-    namespaces = ["pid", "network", "ipc", "uts", "mount", "cgroup"]
-    linux: dict[str, Any] = {"resources": {"pids": {"limit": 512}}}
-    if os.geteuid() != 0:
-        namespaces = ["user", *(name for name in namespaces if name != "cgroup")]
-        linux = {
-            "uidMappings": [{"containerID": 0, "hostID": os.geteuid(), "size": 1}],
-            "gidMappings": [{"containerID": 0, "hostID": os.getegid(), "size": 1}],
-        }
-    return {
-        "ociVersion": "1.0.2",
-        "root": {"path": "rootfs"},
-        "hostname": "bench",
-        "process": {
-            "user": {"uid": 0, "gid": 0},
-            "args": ["true"],
-            "env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
-            "cwd": "/",
-            "noNewPrivileges": True,
-            "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), capabilities),
-        },
-        "mounts": [
-            {"destination": "/proc", "type": "proc", "source": "proc"},
-            {
-                "destination": "/dev",
-                "type": "tmpfs",
-                "source": "tmpfs",
-                "options": ["nosuid", "strictatime", "mode=755", "size=65536k"],
-            },
-            {
-                "destination": "/dev/shm",
-                "type": "tmpfs",
-                "source": "shm",
-                "options": ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"],
-            },
-        ],
-        "linux": {**linux, "namespaces": [{"type": name} for name in namespaces]},
-    }
+    """Return the OCI configuration that mlenv writes for `true`, on a plain root, with no network set up.
+
+    Without its limits on open files and the like: the others fail where root may not raise them.
+    """
+    from mlenv.container.config import runtime_config
+
+    path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    written = runtime_config(args=["true"], env={"PATH": path}, hostname="bench", network="none", init=False)
+    return {**written, "annotations": {}, "process": {**written["process"], "rlimits": []}}
 
 
 def runtimes(bundle: Path, work: Path) -> list[Contender]:

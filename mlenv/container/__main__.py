@@ -8,6 +8,6 @@ import sys
 
 sys.path.insert(0, __file__.rpartition("/mlenv/container/")[0])
 
-from mlenv.container.commands import main  # noqa: E402 - the path comes first
+from mlenv.container.commands import main
 
 os._exit(main(sys.argv[1:]))  # nothing is buffered, and taking an interpreter apart costs 4 ms

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import _signal
+import _signal  # type: ignore[import-not-found]  # `signal` imports enum: 8 ms
 import _socket
 import os
 import select
@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 _CHUNK = 32768
 _DETACH = b"\x10\x11"
 """Ctrl-P Ctrl-Q."""
-_PASSED_ON = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGQUIT, _signal.SIGUSR1, _signal.SIGUSR2)
+_PASSED_ON = (
+    _signal.SIGINT,
+    _signal.SIGTERM,
+    _signal.SIGHUP,
+    _signal.SIGQUIT,
+    _signal.SIGUSR1,
+    _signal.SIGUSR2,
+)
 
 
 class DetachKeys:
@@ -68,7 +75,10 @@ class Session:
         self.status: int | None = None
 
     def run(self) -> int | None:
-        """Carry streams until the container ends or the person leaves. Raises: ContainerError if the shim is lost."""
+        """Carry streams until the container ends or the person leaves.
+
+        Raises: ContainerError if the shim is lost.
+        """
         handlers = {}
         try:
             if self._output:
@@ -122,7 +132,7 @@ class Session:
     def _greet(self, *, terminal: bool) -> None:
         self._terminal = terminal
         if terminal and self._output and os.isatty(0):
-            from mlenv.container import terminal as our_terminal  # noqa: PLC0415 - only a person has one
+            from mlenv.container import terminal as our_terminal
 
             if self._stdin:
                 self._attributes = our_terminal.make_raw(0)
@@ -147,7 +157,7 @@ class Session:
         self._send(frames.SIGNAL, bytes((number,)))
 
     def _resize(self, _number: int, _frame: object) -> None:
-        from mlenv.container import terminal as our_terminal  # noqa: PLC0415
+        from mlenv.container import terminal as our_terminal
 
         self._send(frames.WINDOW, frames.window_payload(*our_terminal.window_size(0)))
 
@@ -159,6 +169,6 @@ class Session:
 
     def _restore(self) -> None:
         if self._attributes is not None:
-            from mlenv.container import terminal as our_terminal  # noqa: PLC0415
+            from mlenv.container import terminal as our_terminal
 
             our_terminal.restore(0, self._attributes)

@@ -1,6 +1,7 @@
 """Reading an OCI bundle: `config.json`, checked strictly, as one value for the rest of the core.
 
-A field that the core does not carry out is refused, never ignored. What OCI has no field for rides in annotations.
+A field that the core does not carry out is refused, never ignored. What OCI has no field for rides in
+annotations.
 
 Source: OCI runtime-spec 1.0.2, config.md and config-linux.md.
 """
@@ -50,7 +51,9 @@ _SHAPE: dict[str, Any] = {
         "args": [str],
         "env": [str],
         "cwd": str,
-        "capabilities": {kind: [str] for kind in ("bounding", "effective", "inheritable", "permitted", "ambient")},
+        "capabilities": {
+            kind: [str] for kind in ("bounding", "effective", "inheritable", "permitted", "ambient")
+        },
         "rlimits": [{"type": str, "soft": int, "hard": int}],
         "noNewPrivileges": bool,
         "oomScoreAdj": int,
@@ -96,7 +99,8 @@ _SHAPE: dict[str, Any] = {
 class Bundle:
     """A bundle whose configuration has been checked.
 
-    `config` is the parsed config.json; `system_call_filter` its seccomp profile assembled; `layers` bottom first; `upper` and `work` are None where nothing is overlaid.
+    `config` is the parsed config.json; `system_call_filter` its seccomp profile assembled; `layers`
+    bottom first; `upper` and `work` are None where nothing is overlaid.
     """
 
     __slots__ = (
@@ -220,7 +224,9 @@ def _check_values(config: Mapping[str, Any], faults: list[str]) -> None:
     elif not str(process.get("cwd", "")).startswith("/"):
         faults.append("process.cwd: must be an absolute path")
     if process:
-        faults += [f"process.env: `{entry}` has no `=`" for entry in process.get("env", ()) if "=" not in entry]
+        faults += [
+            f"process.env: `{entry}` has no `=`" for entry in process.get("env", ()) if "=" not in entry
+        ]
     faults += [f"a NUL byte in {text!r}" for text in _strings(config) if "\0" in text]
     _check_annotations(config, faults)
     if "root" not in config and LAYERS not in config.get("annotations", {}):

@@ -1,10 +1,11 @@
 """Control groups: limits, accounting, and the end of everything a container left running.
 
-A container's group lies below the group that mlenv itself runs in, so limits that are already in force stay so.
-v1: one directory per controller; v2: one directory; where neither can be written the container runs without, and
-`Group.problems` says which limit is not in force.
+A container's group lies below the group that mlenv itself runs in, so limits that are already in force
+stay so. v1: one directory per controller; v2: one directory; where neither can be written the container
+runs without, and `Group.problems` says which limit is not in force.
 
-Source: Documentation/admin-guide/cgroup-v1, cgroup-v2.rst; OCI runtime-spec 1.0.2 config-linux.md "Control groups".
+Source: Documentation/admin-guide/cgroup-v1, cgroup-v2.rst; OCI runtime-spec 1.0.2 config-linux.md
+"Control groups".
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Group:
                 self.problems.append(f"cgroup {controller or 'v2'}: {error.strerror}")
 
     def open_members(self) -> list[int]:
-        """Return the files that take members, opened: they still work after a change of user namespace."""
+        """Return the files that take members, opened: that outlives a change of user namespace."""
         opened = []
         for directory in self.directories.values():
             try:
@@ -70,7 +71,7 @@ class Group:
         return []
 
     def kill(self) -> None:
-        """Send SIGKILL to every process of the group, in a loop until a pass finds none, so none can fork away."""
+        """Send SIGKILL to every process of the group until a pass finds no new one: none forks away."""
         if self.version == 2:  # noqa: PLR2004 - the version
             try:
                 _write(os.path.join(self.directories[""], "cgroup.kill"), "1")
@@ -152,7 +153,7 @@ def _write(path: str, value: str) -> None:
 
 def _read(path: str) -> str:
     try:
-        with open(path, encoding="utf-8") as file:  # noqa: PTH123 - pathlib costs 10 ms
+        with open(path, encoding="utf-8") as file:
             return file.read()
     except OSError:
         return ""
@@ -161,9 +162,10 @@ def _read(path: str) -> str:
 def begin_attaching() -> int | None:
     """Make the kernel ready for a process to change its group, beside whatever the caller does next.
 
-    The first change after a quiet while waits some 15 ms for every CPU (the lock of all groups is entered through
-    an RCU grace period), those that follow soon do not. A short-lived process moves itself to where it already is.
-    Return its pid, to be given to `end_attaching`; None where nothing can be written.
+    The first change after a quiet while waits some 15 ms for every CPU (the lock of all groups is entered
+    through an RCU grace period), those that follow soon do not. A short-lived process moves itself to
+    where it already is. Return its pid, to be given to `end_attaching`; None where nothing can be
+    written.
     """
     try:
         if os.path.exists(f"{ROOT}/cgroup.controllers"):
@@ -344,7 +346,8 @@ _STANDARD_DEVICES = (
     "c 5:2 rwm",
     "c 136:* rwm",
 )
-"""What every container may open: null zero full random urandom tty console ptmx pts; nodes may be made, not opened."""
+"""What every container may open: null zero full random urandom tty console ptmx pts; nodes may be made, not
+opened."""
 
 
 def _device_rules(rules: Any) -> list[tuple[str, str, str]]:

@@ -1,4 +1,4 @@
-"""The core's own command line: run a bundle in the foreground, execute in a container, be a container's shim."""
+"""The core's own command line: run a bundle in the foreground, execute in a container, be its shim."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 USAGE = """usage: python -I -S mlenv/container/__main__.py run --bundle DIR [--root DIR] ID
        python -I -S mlenv/container/__main__.py exec [OPTION...] DIR -- ARG...
        python -I -S mlenv/container/__main__.py shim DIR SOCKET ANSWER_FD CLIENT_FD interactive|-
-       python -I -S mlenv/container/__main__.py delete DIR"""
+       python -I -S mlenv/container/__main__.py delete DIR
+       python -I -S mlenv/container/__main__.py probe"""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -37,14 +38,14 @@ def _dispatch(arguments: list[str]) -> int:
     helper = cgroups.begin_attaching()
     try:
         if command == "run":
-            from mlenv.container import foreground  # noqa: PLC0415 - a command loads what it needs
+            from mlenv.container import foreground
 
             return foreground.run(**_options(arguments))
         if command == "exec":
-            from mlenv.container import execution  # noqa: PLC0415
+            from mlenv.container import execution
 
             return execution.main(arguments)
-        from mlenv.container import shim  # noqa: PLC0415
+        from mlenv.container import shim
 
         return shim.main(arguments)
     finally:
@@ -53,9 +54,14 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _quick(command: str, arguments: list[str]) -> int:
     if command == "delete" and len(arguments) == 1:
-        from mlenv.container import removal  # noqa: PLC0415
+        from mlenv.container import removal
 
         removal.remove(arguments[0])
+        return 0
+    if command == "probe" and not arguments:
+        from mlenv.container import probe, record
+
+        os.write(1, record.serialise(probe.facts()))
         return 0
     raise UsageError(f"no such command: `{command}`", hint=USAGE)
 

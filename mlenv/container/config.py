@@ -47,7 +47,8 @@ __all__ = [
 
 OCI_VERSION = "1.0.2"
 DEFAULT_PIDS = 4096
-"""Most processes of a container that asks for no other number: enough for data loaders, too few for a fork bomb."""
+"""Most processes of a container that asks for no other number: enough for data loaders, too few for a fork
+bomb."""
 
 CAPABILITIES = (
     "CAP_AUDIT_WRITE",
@@ -116,7 +117,10 @@ class Port:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resources:
-    """Limits: memory and /dev/shm in bytes, CPUs as a number of cores, processes; None is no limit of ours."""
+    """Limits: memory and /dev/shm in bytes, CPUs as a number of cores, processes.
+
+    None is no limit of ours.
+    """
 
     memory: int | None = None
     cpus: float | None = None
@@ -177,7 +181,7 @@ def runtime_config(
 def _process(
     args: Sequence[str], env: Mapping[str, str], cwd: str, *, terminal: bool, capabilities: list[str]
 ) -> dict[str, Any]:
-    sets = {kind: capabilities for kind in ("bounding", "effective", "permitted")}
+    sets = dict.fromkeys(("bounding", "effective", "permitted"), capabilities)
     return {
         "terminal": terminal,
         "user": {"uid": 0, "gid": 0},
@@ -230,12 +234,17 @@ def _system_mounts(limits: Resources, network: str) -> list[dict[str, Any]]:
             "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
         },
         {
-            "destination": "/dev/shm",
+            "destination": "/dev/shm",  # noqa: S108 - the container's
             "type": "tmpfs",
             "source": "shm",
             "options": ["nosuid", "noexec", "nodev", "mode=1777", f"size={shared}"],
         },
-        {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": ["nosuid", "noexec", "nodev"]},
+        {
+            "destination": "/dev/mqueue",
+            "type": "mqueue",
+            "source": "mqueue",
+            "options": ["nosuid", "noexec", "nodev"],
+        },
         sysfs,
         {
             "destination": "/sys/fs/cgroup",

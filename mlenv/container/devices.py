@@ -1,6 +1,7 @@
 """The nodes of /dev: made with mknod by root, shown from the host in a user namespace.
 
-Source: OCI runtime-spec 1.0.2 config-linux.md "Devices" and "Default Devices"; runtime-linux.md "Dev symbolic links".
+Source: OCI runtime-spec 1.0.2 config-linux.md "Devices" and "Default Devices"; runtime-linux.md "Dev
+symbolic links".
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def populate(root_fd: int, requested: Sequence[Mapping[str, Any]], *, make_nodes
     finally:
         os.close(dev_fd)
     for device in requested:
-        _add(root_fd, device, make_nodes=make_nodes)
+        add(root_fd, device, make_nodes=make_nodes)
 
 
 def _make_node(parent_fd: int, name: str, kind: int, mode: int, number: int) -> None:
@@ -72,7 +73,7 @@ def _bind_node(root_fd: int, path: str, number: int, kind: int) -> None:
         os.close(tree_fd)
         raise ContainerError(
             f"the host's `{path}` is not the device {os.major(number)}:{os.minor(number)}",
-            cause=f"it has mode {found.st_mode:o} and number {os.major(found.st_rdev)}:{os.minor(found.st_rdev)}",
+            cause=f"its mode is {found.st_mode:o}, its number {os.major(found.st_rdev)}:{os.minor(found.st_rdev)}",
         )
     mounts.attach(tree_fd, root_fd, path, directory=False)
 
@@ -84,7 +85,8 @@ def _link(dev_fd: int, name: str, target: str) -> None:
         return
 
 
-def _add(root_fd: int, device: Mapping[str, Any], *, make_nodes: bool) -> None:
+def add(root_fd: int, device: Mapping[str, Any], *, make_nodes: bool) -> None:
+    """Add one OCI device. Raises: ContainerError for an unknown type or a host node that is another device."""
     kind = _TYPES.get(device["type"])
     if kind is None:
         raise ContainerError(f"cannot make `{device['path']}`: device type `{device['type']}` is not known")
@@ -97,7 +99,9 @@ def _add(root_fd: int, device: Mapping[str, Any], *, make_nodes: bool) -> None:
     try:
         _make_node(parent_fd, name, kind, device.get("fileMode", 0o666), number)
         if device.get("uid") or device.get("gid"):
-            os.chown(name, device.get("uid", 0), device.get("gid", 0), dir_fd=parent_fd, follow_symlinks=False)
+            os.chown(
+                name, device.get("uid", 0), device.get("gid", 0), dir_fd=parent_fd, follow_symlinks=False
+            )
     finally:
         os.close(parent_fd)
 

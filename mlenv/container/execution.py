@@ -1,12 +1,12 @@
-"""A further process in a running container: joined to its namespaces and control groups, with the same privileges.
+"""A further process in a running container: in its namespaces and groups, with the same privileges.
 
-The core process itself stays outside; it passes signals on, kills the process when its lifeline ends, and ends with
-its status.
+The core process itself stays outside; it passes signals on, kills the process when its lifeline ends, and
+ends with its status.
 """
 
 from __future__ import annotations
 
-import _signal
+import _signal  # type: ignore[import-not-found]  # `signal` imports enum: 8 ms
 import os
 import select
 
@@ -61,7 +61,7 @@ class Request:
             raise UsageError(f"`{option}` needs a value")
         value = words.pop(0)
         if option == "--env":
-            self.environment.append(value)
+            self.environment.append(value if "=" in value else f"{value}={os.environ[value]}")
         elif option == "--cwd":
             self.cwd = value
         elif option == "--user":
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str]) -> int:
         os.write(request.pid_fd, f"{pid}\n".encode())
         os.close(request.pid_fd)
     if terminal_fd is not None:
-        from mlenv.container import terminal  # noqa: PLC0415 - a kernel has none
+        from mlenv.container import terminal
 
         return terminal.proxy(terminal_fd, pid)
     return _wait(pid, request.lifeline_fd)
@@ -109,7 +109,9 @@ def _running(directory: str) -> dict[str, Any]:
 
 def _not_running(directory: str) -> ContainerError:
     return ContainerError(
-        f"container {os.path.basename(directory)[:12]} is not running", hint="start it first", code="not-running"
+        f"container {os.path.basename(directory)[:12]} is not running",
+        hint="start it first",
+        code="not-running",
     )
 
 
@@ -128,7 +130,7 @@ def _start(
     pid = os.fork()
     if pid == 0:
         ours.close()
-        _run_child(request, bundle, known, pidfd, privileges, theirs)
+        _run_child(request, bundle, known, theirs, pidfd=pidfd, privileges=privileges)
     theirs.close()
     try:
         for member_fd in members:
@@ -150,12 +152,13 @@ def _run_child(
     request: Request,
     bundle: bundles.Bundle,
     known: dict[str, Any],
+    channel: Channel,
+    *,
     pidfd: int,
     privileges: security.Privileges,
-    channel: Channel,
 ) -> NoReturn:
     try:
-        _join_and_execute(request, bundle, known, pidfd, privileges, channel)
+        _join_and_execute(request, bundle, known, channel, pidfd=pidfd, privileges=privileges)
     except BaseException as error:  # noqa: BLE001 - everything is told to the parent
         process.tell(channel, error)
     os._exit(125)
@@ -165,9 +168,10 @@ def _join_and_execute(
     request: Request,
     bundle: bundles.Bundle,
     known: dict[str, Any],
+    channel: Channel,
+    *,
     pidfd: int,
     privileges: security.Privileges,
-    channel: Channel,
 ) -> None:
     os.setsid()
     syscalls.set_dumpable(0)
@@ -195,8 +199,6 @@ def _join_and_execute(
         identity,
         privileges,
         can_set_groups=known["users"] != "single",
-        init_fd=None,
-        dies_with_parent=True,
     )
 
 
@@ -230,5 +232,3 @@ def _watch(pid: int, lifeline_fd: int) -> None:
             syscalls.pidfd_send_signal(pidfd, _SIGKILL)
             break
     os.close(pidfd)
-
-

@@ -1,11 +1,12 @@
 """A container in the foreground, without a shim: it inherits our streams, and we end with its status.
 
-While it runs its state lies below the root directory, so that whoever comes next can clean up after a SIGKILL.
+While it runs its state lies below the root directory, so that whoever comes next can clean up after a
+SIGKILL.
 """
 
 from __future__ import annotations
 
-import _signal
+import _signal  # type: ignore[import-not-found]  # `signal` imports enum: 8 ms
 import os
 
 from mlenv.container import bundle as bundles
@@ -14,6 +15,8 @@ from mlenv.errors import ContainerError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from mlenv.container.bundle import Bundle
 
 FOREGROUND = "foreground"
@@ -52,7 +55,9 @@ def run(*, bundle: str, container_id: str, root: str | None = None) -> int:
         raise ContainerError(f"`{container_id}` is no container id", hint="use letters, digits and _ . - +")
     loaded = bundles.read(bundle)
     if loaded.ports:
-        raise ContainerError("a container without a shim cannot publish ports", hint="start it with `mlenv run -d`")
+        raise ContainerError(
+            "a container without a shim cannot publish ports", hint="start it with `mlenv run -d`"
+        )
     directory = _claim(root or default_root(), container_id)
     try:
         return _run(loaded, container_id, directory)
@@ -64,7 +69,9 @@ def _claim(root: str, container_id: str) -> str:
     directory = os.path.join(root, FOREGROUND, container_id)
     os.makedirs(directory, 0o700, exist_ok=True)
     if os.stat(directory).st_uid != os.geteuid():
-        raise ContainerError(f"`{directory}` belongs to someone else", hint="give --root a directory of yours")
+        raise ContainerError(
+            f"`{directory}` belongs to someone else", hint="give --root a directory of yours"
+        )
     if state.lock(directory, wait=False) is None:
         raise ContainerError(f"a container `{container_id}` is running", hint="give another id")
     return directory
@@ -77,13 +84,13 @@ def _release(directory: str) -> None:
 
 
 def _run(bundle: Bundle, container_id: str, directory: str) -> int:
-    known = {"id": container_id, "bundle": bundle.path, "owner": state.identity(os.getpid())}
+    known: dict[str, Any] = {"id": container_id, "bundle": bundle.path, "owner": state.identity(os.getpid())}
     try:
         started = surroundings.start(bundle, known, directory, note=lambda note: state.write(directory, note))
         for problem in known["warnings"]:
             os.write(2, f"warning: {problem}\n".encode())
         if started.terminal_fd is not None:
-            from mlenv.container import terminal  # noqa: PLC0415 - build steps have none
+            from mlenv.container import terminal
 
             return terminal.proxy(started.terminal_fd, started.pid)
         return _wait(started)
@@ -108,5 +115,3 @@ def _forward_signals(pid: int) -> None:
 
     for number in _FORWARDED:
         _signal.signal(number, forward)
-
-

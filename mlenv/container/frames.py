@@ -66,7 +66,7 @@ def write_all(descriptor: int, data: bytes) -> None:
         try:
             view = view[os.write(descriptor, view) :]
         except BlockingIOError:
-            import select  # noqa: PLC0415 - only a non-blocking terminal needs it
+            import select
 
             waiter = select.poll()
             waiter.register(descriptor, select.POLLOUT)

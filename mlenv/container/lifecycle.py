@@ -1,7 +1,8 @@
 """A container's life: create, start, attach, stop, remove; and what is known of all of them.
 
-Everything lies in `paths.containers_dir()/ID`: the bundle, the written layer, the log and `state.json`. Every change
-of state happens under the container's lock, and whoever looks first clears away what a killed owner left.
+Everything lies in `paths.containers_dir()/ID`: the bundle, the written layer, the log and `state.json`.
+Every change of state happens under the container's lock, and whoever looks first clears away what a
+killed owner left.
 """
 
 from __future__ import annotations
@@ -16,8 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlenv import paths
-from mlenv.container import attaching, bundle as bundles, logfile, record, removal, state, surroundings
-from mlenv.errors import ContainerError, ContainerStartError, NameInUseError, NoSuchContainerError, PortInUseError
+from mlenv.container import attaching, logfile, record, removal, state, surroundings
+from mlenv.container import bundle as bundles
+from mlenv.errors import (
+    ContainerError,
+    ContainerStartError,
+    NameInUseError,
+    NoSuchContainerError,
+    PortInUseError,
+)
 
 if TYPE_CHECKING:
     import _socket
@@ -61,7 +69,10 @@ class Status(str, Enum):
 
 @dataclass(kw_only=True, slots=True)
 class Container:
-    """A container as it was when it was looked at. `pid` is PID 1's on the host; times are seconds of the epoch."""
+    """A container as it was when it was looked at.
+
+    `pid` is PID 1's on the host; times are seconds of the epoch.
+    """
 
     id: str
     name: str
@@ -129,7 +140,8 @@ def create(
 def _checked_name(name: str) -> str:
     if not _NAME_CHARACTERS.issuperset(name) or name[0] in "-.":
         raise ContainerError(
-            f"`{name}` is no name for a container", hint="use letters, digits and _ . -, beginning with no . or -"
+            f"`{name}` is no name for a container",
+            hint="use letters, digits and _ . -, beginning with no . or -",
         )
     return name
 
@@ -138,7 +150,8 @@ def _refuse_taken(root: Path, name: str) -> None:
     for directory in _directories(root):
         if state.read(str(directory)).get("name") == name:
             raise NameInUseError(
-                f"a container with the name `{name}` exists", hint=f"`mlenv rm {name}`, or choose another name"
+                f"a container with the name `{name}` exists",
+                hint=f"`mlenv rm {name}`, or choose another name",
             )
 
 
@@ -160,8 +173,9 @@ def _fill(
 def start(container: Container, *, interactive: bool = False, attached: bool = False) -> None:
     """Start a container that does not run; return when its program has been executed.
 
-    `interactive` keeps its stdin open; `attached` makes `attach` on the same object miss nothing: the container waits
-    for a reader that is slow. Raises: ContainerStartError with 125, 126 or 127; PortInUseError.
+    `interactive` keeps its stdin open; `attached` makes `attach` on the same object miss nothing: the
+    container waits for a reader that is slow. Raises: ContainerStartError with 125, 126 or 127;
+    PortInUseError.
     """
     directory = str(container.bundle)
     with _locked(container.bundle):
@@ -225,7 +239,11 @@ def _spawn_shim(
         os.close(answer_read)
     if not text:
         complaint = _tail(f"{directory}/shim.log")
-        return {"message": "the container's shim ended without a word", "cause": complaint, "status": 125}, ours
+        return {
+            "message": "the container's shim ended without a word",
+            "cause": complaint,
+            "status": 125,
+        }, ours
     answer: dict[str, Any] = record.parse(text.decode())
     return answer, ours
 
@@ -286,7 +304,9 @@ def find(reference: str) -> Container:
             return container
     matching = [container for container in known if reference and container.id.startswith(reference)]
     if len(matching) > 1:
-        raise ContainerError(f"{len(matching)} containers begin with `{reference}`", hint="give more of the id")
+        raise ContainerError(
+            f"{len(matching)} containers begin with `{reference}`", hint="give more of the id"
+        )
     if not matching:
         raise NoSuchContainerError(f"there is no container `{reference}`", hint="`mlenv ps -a` lists them")
     return matching[0]
@@ -387,7 +407,11 @@ def _swept(directory: str) -> dict[str, Any]:
         surroundings.undo(known)
         _unlink(known.get("socket"))
     if known["status"] == Status.RUNNING.value:
-        known |= {"status": Status.STOPPED.value, "exit_code": None if rebooted else 137, "finished": time.time()}
+        known |= {
+            "status": Status.STOPPED.value,
+            "exit_code": None if rebooted else 137,
+            "finished": time.time(),
+        }
         known["warnings"] = ["the machine was restarted" if rebooted else "the container's shim was killed"]
     known |= {"shim": None, "init": None, "socket": None}
     state.write(directory, known)
@@ -440,9 +464,13 @@ def _connect(container: Container) -> _socket.socket:
         try:
             return attaching.connect(path)
         except OSError as error:
-            raise ContainerError(f"the container `{container.name}` does not answer", cause=str(error)) from error
+            raise ContainerError(
+                f"the container `{container.name}` does not answer", cause=str(error)
+            ) from error
     raise ContainerError(
-        f"the container `{container.name}` is not running", hint=f"mlenv start {container.name}", code="not-running"
+        f"the container `{container.name}` is not running",
+        hint=f"mlenv start {container.name}",
+        code="not-running",
     )
 
 
@@ -552,7 +580,8 @@ def remove(container: Container, *, force: bool = False) -> None:
     with _locked(container.bundle):
         if Status(_swept(str(container.bundle))["status"]).is_running:
             raise ContainerError(
-                f"the container `{container.name}` is running", hint=f"`mlenv stop {container.name}`, or `rm -f`"
+                f"the container `{container.name}` is running",
+                hint=f"`mlenv stop {container.name}`, or `rm -f`",
             )
         _delete(str(container.bundle))
 
@@ -627,9 +656,8 @@ def _followed(container: Container) -> Iterator[tuple[str, bytes]]:
                 shim = state.read(directory).get("shim")
             except FileNotFoundError:
                 return
-            if not shim or _await_end(shim, 0.1):
-                if not file.peek(1):
-                    return
+            if (not shim or _await_end(shim, 0.1)) and not file.peek(1):
+                return
     finally:
         file.close()
 
@@ -639,6 +667,7 @@ def exec_command(
     args: Sequence[str],
     *,
     env: Mapping[str, str] | None = None,
+    inherited: Sequence[str] = (),
     cwd: str | None = None,
     user: str | None = None,
     terminal: bool = False,
@@ -647,12 +676,16 @@ def exec_command(
 ) -> list[str]:
     """Return the words of the process that runs `args` in the container with our standard streams.
 
-    It passes signals on and ends with the command's status, 125, 126 or 127 as Docker. It writes the command's host
-    pid and a newline to `pid_fd` once it has been executed; the end of `lifeline_fd` kills the command.
+    `inherited` names variables of that process's own environment, whose values (secrets, maybe) then show
+    in no `ps`. It passes signals on and ends with the command's status, 125, 126 or 127 as Docker. It
+    writes the command's host pid and a newline to `pid_fd` once it has been executed; the end of
+    `lifeline_fd` kills the command.
     """
     words = core_command("exec")
     for key, value in (env or {}).items():
         words += ["--env", f"{key}={value}"]
+    for key in inherited:
+        words += ["--env", key]
     options = (("--cwd", cwd), ("--user", user), ("--pid-fd", pid_fd), ("--lifeline-fd", lifeline_fd))
     for option, wanted in options:
         if wanted is not None:

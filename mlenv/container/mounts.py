@@ -1,7 +1,7 @@
 """Mounts as values: read from the configuration first, applied by descriptor later.
 
-Every path inside the root is resolved by the kernel with the root as its `/` (openat2 RESOLVE_IN_ROOT), so a link in
-an image can lead nowhere else; no path is joined and mounted by name.
+Every path inside the root is resolved by the kernel with the root as its `/` (openat2 RESOLVE_IN_ROOT),
+so a link in an image can lead nowhere else; no path is joined and mounted by name.
 
 Source: OCI runtime-spec 1.0.2 config.md "Mounts"; mount_setattr(2); fsopen(2).
 """
@@ -78,7 +78,9 @@ class Mount:
 
     def __repr__(self) -> str:
         """Return the mount as `-vv` prints it."""
-        return f"Mount({self.kind} {self.source} -> {self.target} +{self.add:#x} -{self.clear:#x} {self.data})"
+        return (
+            f"Mount({self.kind} {self.source} -> {self.target} +{self.add:#x} -{self.clear:#x} {self.data})"
+        )
 
     @property
     def is_bind(self) -> bool:
@@ -90,7 +92,7 @@ class Mount:
 
         Raises: OSError naming the call.
         """
-        tree_fd = self._source_tree() if self.is_bind else self._new_filesystem()
+        tree_fd = self._source_tree() if self.is_bind else self.new_filesystem()
         try:
             is_directory = stat.S_ISDIR(os.fstat(tree_fd).st_mode)
             target_fd = make_target(root_fd, self.target, directory=is_directory)
@@ -109,7 +111,8 @@ class Mount:
         _set_attributes(tree_fd, syscalls.AT_RECURSIVE, self.add_all, self.clear_all)
         return tree_fd
 
-    def _new_filesystem(self) -> int:
+    def new_filesystem(self) -> int:
+        """Return the filesystem as a detached mount."""
         context_fd = syscalls.fsopen(self.kind)
         try:
             if self.source and self.kind != "mqueue":
@@ -218,8 +221,8 @@ def _create(parent_fd: int, name: str, *, directory: bool) -> None:
 def overlay(layers: Sequence[str], upper: str, work: str, *, user_xattr: bool) -> int:
     """Return a detached overlay of `layers` (bottom first) under `upper`.
 
-    Layers are handed over one by one: mount(2)'s option page would cut a long list silently. Names above 255 bytes
-    go as descriptors. Raises: OSError. Source: Documentation/filesystems/overlayfs.rst.
+    Layers are handed over one by one: mount(2)'s option page would cut a long list silently. Names above
+    255 bytes go as descriptors. Raises: OSError. Source: Documentation/filesystems/overlayfs.rst.
     """
     context_fd = syscalls.fsopen("overlay")
     opened: list[int] = []

@@ -35,8 +35,8 @@ _RANGE_MIN = 1000
 class IdMap:
     """How container ids map to host ids: triples of (container id, host id, length).
 
-    `mode` is `root` (no user namespace), `ranges` (newuidmap), `explicit` (the bundle's own) or `single` (the invoking
-    user alone); `reason` says why it is no more than single.
+    `mode` is `root` (no user namespace), `ranges` (newuidmap), `explicit` (the bundle's own) or `single`
+    (the invoking user alone); `reason` says why it is no more than single.
     """
 
     __slots__ = ("gids", "mode", "reason", "uids")
@@ -55,7 +55,11 @@ class IdMap:
     @property
     def gid_count(self) -> int:
         """Return the first gid from 0 on that does not exist in the container."""
-        return 2**32 - 1 if self.mode == "root" else next((end for start, _, end in self.gids if not start), 0) or 1
+        return (
+            2**32 - 1
+            if self.mode == "root"
+            else next((end for start, _, end in self.gids if not start), 0) or 1
+        )
 
     def has_gid(self, gid: int) -> bool:
         """Whether the container knows `gid`."""
@@ -93,7 +97,7 @@ def single(uid: int, gid: int, reason: str) -> IdMap:
 
 def _subordinate(file: str, uid: int) -> tuple[Triples, str | None]:
     """Return this user's subordinate ids as triples from container id 1 on, or why there are none."""
-    import pwd  # noqa: PLC0415 - only ordinary users need it
+    import pwd
 
     try:
         name = pwd.getpwuid(uid).pw_name
@@ -102,7 +106,7 @@ def _subordinate(file: str, uid: int) -> tuple[Triples, str | None]:
     triples: Triples = []
     next_id = 1
     try:
-        with open(file, encoding="utf-8") as lines:  # noqa: PTH123 - pathlib costs 10 ms
+        with open(file, encoding="utf-8") as lines:
             for line in lines:
                 owner, _, rest = line.strip().partition(":")
                 first, _, count = rest.partition(":")
@@ -202,8 +206,8 @@ def join(kind: str, path: str) -> None:
 
 def bring_loopback_up() -> None:
     """Switch `lo` on in this network namespace. Source: netdevice(7)."""
-    import _socket  # noqa: PLC0415 - loaded before, this only names it
-    import fcntl  # noqa: PLC0415
+    import _socket
+    import fcntl
 
     get_flags, set_flags, up = 0x8913, 0x8914, 1
     control = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM | _socket.SOCK_CLOEXEC)

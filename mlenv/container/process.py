@@ -9,16 +9,18 @@
     "go" ----------------------------------> cgroup namespace, pivot, terminal, privileges
     the channel's end                    <-- exec: the channel closes with it, or carries the error before
 
-If the parent ends before "go" the child reads the end of the channel and leaves. Errors travel as data: the step, the
-errno and the exit status Docker has for it. In the child nothing is imported after `rootfs.enter`.
+If the parent ends before "go" the child reads the end of the channel and leaves. Errors travel as data:
+the step, the errno and the exit status Docker has for it. In the child nothing is imported after
+`rootfs.enter`.
 """
 
 from __future__ import annotations
 
-import _signal
+import _signal  # type: ignore[import-not-found]  # `signal` imports enum: 8 ms
 import _socket
 import errno
 import os
+import stat
 import sys
 
 from mlenv.container import mounts, namespaces, record, rootfs, security, syscalls
@@ -83,7 +85,7 @@ class Channel:
 
 
 class Started:
-    """A container's PID 1 that runs: its host pid, the pty's master where it has one, and the map in force."""
+    """A container's PID 1 that runs: its host pid, the pty's master where it has one, the map in force."""
 
     __slots__ = ("id_map", "pid", "terminal_fd")
 
@@ -96,11 +98,9 @@ class Started:
 class Plan:
     """All that is decided before the fork."""
 
-    __slots__ = ("bundle", "group", "id_map", "init_fd", "mounts", "privileges", "stdio")
+    __slots__ = ("bundle", "group", "id_map", "init", "init_fd", "mounts", "privileges", "stdio")
 
-    def __init__(
-        self, bundle: Bundle, group: Group, id_map: IdMap, stdio: Sequence[int] = (0, 1, 2)
-    ) -> None:
+    def __init__(self, bundle: Bundle, group: Group, id_map: IdMap, stdio: Sequence[int] = (0, 1, 2)) -> None:
         self.bundle = bundle
         self.group = group
         self.id_map = id_map
@@ -108,13 +108,19 @@ class Plan:
         self.mounts = mounts.read_mounts(bundle.config.get("mounts", ()), bundle.path)
         self.privileges = security.Privileges(bundle.process, bundle.system_call_filter)
         self.init_fd = sealed_init() if bundle.wants_init else None
+        self.init: Callable[..., NoReturn] | None = None
+        if bundle.wants_init and self.init_fd is None:
+            from mlenv.container import init
+
+            self.init = init.run
 
 
 def start(plan: Plan, *, connect: Callable[[int], None] | None = None) -> Started:
     """Start the bundle's process and return once its program has been executed.
 
-    `connect` is called with PID 1's host pid when its network namespace is there and before anything runs in it.
-    Raises: ContainerStartError with 125, 126 or 127; whatever `connect` raises. Nothing of the child is left then.
+    `connect` is called with PID 1's host pid when its network namespace is there and before anything runs
+    in it. Raises: ContainerStartError with 125, 126 or 127; whatever `connect` raises. Nothing of the
+    child is left then.
     """
     rootfs.prepare_directories(plan.bundle, plan.mounts)
     ours, theirs = Channel.pair()
@@ -277,7 +283,7 @@ def _assemble_and_execute(plan: Plan, channel: Channel) -> None:
         plan.privileges,
         can_set_groups=plan.id_map.mode != "single",
         init_fd=plan.init_fd,
-        dies_with_parent=True,
+        init=plan.init,
     )
 
 
@@ -331,13 +337,13 @@ def _name_host(bundle: Bundle) -> None:
 
 def _set_kernel_parameters(bundle: Bundle) -> None:
     for key, value in bundle.linux.get("sysctl", {}).items():
-        with open(f"/proc/sys/{key.replace('.', '/')}", "w", encoding="utf-8") as file:  # noqa: PTH123
+        with open(f"/proc/sys/{key.replace('.', '/')}", "w", encoding="utf-8") as file:
             file.write(value)
 
 
 def _score_out_of_memory(score: int | None) -> None:
     if score is not None:
-        with open("/proc/self/oom_score_adj", "w", encoding="utf-8") as file:  # noqa: PTH123
+        with open("/proc/self/oom_score_adj", "w", encoding="utf-8") as file:
             file.write(str(score))
 
 
@@ -364,10 +370,10 @@ def root_file(root_fd: int, path: str) -> bytes:
 
 def open_terminal(root_fd: int, size: dict[str, int] | None, *, console: bool) -> int:
     """Make a pty of the container's own devpts our terminal and return its master."""
-    import fcntl  # noqa: PLC0415 - before the pivot
-    import termios  # noqa: PLC0415
+    import fcntl
+    import termios
 
-    from mlenv.container import devices  # noqa: PLC0415
+    from mlenv.container import devices
 
     unlock, get_number, set_controlling = 0x40045431, 0x80045430, 0x540E
     master_fd = mounts.open_in_root(root_fd, "/dev/pts/ptmx", os.O_RDWR | os.O_NOCTTY)
@@ -395,24 +401,31 @@ def execute(
     privileges: security.Privileges,
     *,
     can_set_groups: bool,
-    init_fd: int | None,
-    dies_with_parent: bool,
+    init_fd: int | None = None,
+    init: Callable[..., NoReturn] | None = None,
 ) -> None:
     """Give up what the process shall not have and execute it; returns only by raising.
 
     Raises: OSError of the call that failed; ContainerStartError for a program that cannot be executed.
     """
     environment = _environment(process, identity)
-    security.become(identity, privileges, can_set_groups=can_set_groups, umask=process.get("user", {}).get("umask"))
+    security.become(
+        identity, privileges, can_set_groups=can_set_groups, umask=process.get("user", {}).get("umask")
+    )
     _change_directory(process["cwd"])
     _reset_signals()
     arguments = process["args"]
     program = find_program(arguments[0], environment.get("PATH", DEFAULT_PATH))
-    if dies_with_parent:  # a parent that is gone already shows at the next message
-        syscalls.set_parent_death_signal(_SIGKILL)
+    syscalls.set_parent_death_signal(_SIGKILL)  # a parent that is gone already shows at the next message
     if init_fd is not None:
         _execute_init(init_fd, channel, program, arguments, environment)
     channel.send("exec")
+    if init is not None:
+
+        def fail(error: OSError) -> None:
+            tell(channel, not_executable(program, error))
+
+        init(program, arguments, environment, channel_fd=channel.socket.fileno(), fail=fail)
     try:
         os.execve(program, arguments, environment)
     except OSError as error:
@@ -461,7 +474,7 @@ def find_program(name: str, path: str) -> str:
             if error.errno not in _NOT_FOUND:
                 denied = error
             continue
-        if mode & 0o170000 == 0o100000 and os.access(candidate, os.X_OK):
+        if stat.S_ISREG(mode) and os.access(candidate, os.X_OK):
             return candidate
         denied = PermissionError(errno.EACCES, "it is no executable file", candidate)
     if denied is not None:
@@ -474,7 +487,9 @@ def find_program(name: str, path: str) -> str:
 def not_executable(program: str, error: OSError) -> ContainerStartError:
     """Return the error for a program that execve refused: 127 where it is not there, 126 else."""
     status = _EXIT_NOT_FOUND if error.errno in _NOT_FOUND else _EXIT_NOT_EXECUTABLE
-    return ContainerStartError(f"cannot execute `{program}`", cause=error.strerror or str(error), status=status)
+    return ContainerStartError(
+        f"cannot execute `{program}`", cause=error.strerror or str(error), status=status
+    )
 
 
 def sealed_init() -> int | None:
@@ -482,7 +497,7 @@ def sealed_init() -> int | None:
 
     The container's PID 1 then executes no file of the host: nothing can be overwritten through /proc/1/exe.
     """
-    import fcntl  # noqa: PLC0415
+    import fcntl
 
     try:
         source_fd = os.open(INIT_BINARY, os.O_RDONLY | os.O_CLOEXEC)
@@ -540,7 +555,10 @@ def _as_error(word: str, text: str) -> ContainerStartError:
     if word == "error":
         fields = record.parse(text)
         return ContainerStartError(
-            fields["message"], cause=fields["cause"], hint=fields.get("hint"), status=fields.get("status", 125)
+            fields["message"],
+            cause=fields["cause"],
+            hint=fields.get("hint"),
+            status=fields.get("status", 125),
         )
     if word == "init-error":
         number, _, program = text.partition(" ")

@@ -1,7 +1,7 @@
 """Deleting a container's directory, with what its users wrote into it.
 
-In an ordinary user's container files belong to subordinate ids, and overlay leaves a directory nobody may enter: these
-are deleted from inside a user namespace with the same map.
+In an ordinary user's container files belong to subordinate ids, and overlay leaves a directory nobody may
+enter: these are deleted from inside a user namespace with the same map.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _remove_directory(name: str, parent_fd: int) -> None:
 
 def _remove_mapped(path: str) -> None:
     """Delete a tree as root of a user namespace like the container's was; needs a single-threaded process."""
-    from mlenv.container import namespaces, syscalls  # noqa: PLC0415 - only ordinary users need it
+    from mlenv.container import namespaces, syscalls
 
     request_read, request_write = os.pipe()
     go_read, go_write = os.pipe()

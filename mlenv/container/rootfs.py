@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mlenv.container.bundle import Bundle
 
 SKELETON = "skeleton"
-"""Directory in the bundle with the mount points, the overlay's lowest layer: so none is written into `upper`."""
+"""Directory in the bundle with the mount points: the overlay's lowest layer, so `upper` gets none."""
 NAME_FILES = ("hosts", "hostname", "resolv.conf")
 _NULL_DEVICE = os.makedev(1, 3)
 
@@ -47,7 +47,11 @@ def _skeleton_entry(skeleton: str, target: str, *, directory: bool) -> None:
         os.makedirs(path if directory else os.path.dirname(path), 0o755, exist_ok=True)
         if not directory:
             os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644))
-    except (FileExistsError, NotADirectoryError, IsADirectoryError):  # two targets contradict: mounting says so
+    except (
+        FileExistsError,
+        NotADirectoryError,
+        IsADirectoryError,
+    ):  # two targets contradict: mounting says so
         return
 
 
@@ -87,7 +91,8 @@ def assemble(
 ) -> int:
     """Build the root with everything in it and return it opened; the working directory stays on the host.
 
-    `groups` are (name, host directory) of the container's cgroups; gids from `mapped_gids` on do not exist here.
+    `groups` are (name, host directory) of the container's cgroups; gids from `mapped_gids` on do not
+    exist here.
     """
     root_fd = open_root(bundle, in_user_namespace=in_user_namespace)
     filled_dev = False
@@ -96,14 +101,16 @@ def assemble(
             _show_groups(root_fd, mount, groups)
             continue
         if mount.kind == "devpts":
-            mount.data = [(key, value) for key, value in mount.data if key != "gid" or int(value or 0) < mapped_gids]
+            mount.data = [
+                (key, value) for key, value in mount.data if key != "gid" or int(value or 0) < mapped_gids
+            ]
         _apply(mount, root_fd)
         if mount.target == "/dev" and not mount.is_bind:
             devices.populate(root_fd, bundle.linux.get("devices", ()), make_nodes=not in_user_namespace)
             filled_dev = True
     if not filled_dev:
         for device in bundle.linux.get("devices", ()):
-            devices._add(root_fd, device, make_nodes=not in_user_namespace)
+            devices.add(root_fd, device, make_nodes=not in_user_namespace)
     if bundle.writes_names:
         _bind_name_files(bundle, root_fd)
     return root_fd
@@ -167,9 +174,7 @@ def restrict(bundle: Bundle, root_fd: int) -> None:
     for path in bundle.linux.get("readonlyPaths", ()):
         _make_readonly(root_fd, path)
     if bundle.config.get("root", {}).get("readonly"):
-        syscalls.mount_setattr(
-            root_fd, "", flags=syscalls.AT_EMPTY_PATH, add=syscalls.MOUNT_ATTR_RDONLY
-        )
+        syscalls.mount_setattr(root_fd, "", flags=syscalls.AT_EMPTY_PATH, add=syscalls.MOUNT_ATTR_RDONLY)
 
 
 def _mask(root_fd: int, path: str) -> None:
@@ -182,7 +187,7 @@ def _mask(root_fd: int, path: str) -> None:
         if stat.S_ISDIR(os.fstat(target_fd).st_mode):
             empty = mounts.Mount(kind="tmpfs", source="tmpfs", target=path)
             empty.data, empty.add = [("size", "0"), ("nr_inodes", "1")], syscalls.MOUNT_ATTR_RDONLY
-            cover_fd = empty._new_filesystem()
+            cover_fd = empty.new_filesystem()
         else:
             cover_fd = _null_tree()
         try:

@@ -1,7 +1,8 @@
 """Seccomp profiles of the OCI runtime specification, assembled to a classic BPF program here.
 
-libseccomp's binding costs 53 ms to import and its releases lag behind the kernel; a filter is a sorted table and
-a binary search. Numbers above the last known one get ENOSYS, so a C library falls back as on an older kernel.
+libseccomp's binding costs 53 ms to import and its releases lag behind the kernel; a filter is a sorted
+table and a binary search. Numbers above the last known one get ENOSYS, so a C library falls back as on an
+older kernel.
 
 Source: seccomp(2); OCI runtime-spec 1.0.2 config-linux.md "Seccomp"; the default profile follows moby's.
 """
@@ -37,7 +38,15 @@ _ACTIONS = {
     "SCMP_ACT_LOG": 0x7FFC0000,
     "SCMP_ACT_ALLOW": 0x7FFF0000,
 }
-_LOAD, _JUMP, _JUMP_EQUAL, _JUMP_GREATER, _JUMP_NOT_LESS, _AND, _RETURN = 0x20, 0x05, 0x15, 0x25, 0x35, 0x54, 0x06
+_LOAD, _JUMP, _JUMP_EQUAL, _JUMP_GREATER, _JUMP_NOT_LESS, _AND, _RETURN = (
+    0x20,
+    0x05,
+    0x15,
+    0x25,
+    0x35,
+    0x54,
+    0x06,
+)
 _NUMBER_OFFSET, _ARCH_OFFSET, _ARGUMENTS_OFFSET = 0, 4, 16
 _SHORT_JUMP_MAX = 255
 PROGRAM_MAX = 4096
@@ -46,9 +55,9 @@ PROGRAM_MAX = 4096
 _PRIVILEGED = {
     "CAP_DAC_READ_SEARCH": "open_by_handle_at",
     "CAP_SYS_ADMIN": (
-        "bpf fanotify_init fsconfig fsmount fsopen fspick lookup_dcookie mount mount_setattr move_mount open_tree"
-        " open_tree_attr perf_event_open pivot_root quotactl quotactl_fd setdomainname sethostname setns umount2"
-        " unshare listmount statmount lsm_set_self_attr"
+        "bpf fanotify_init fsconfig fsmount fsopen fspick listmount lookup_dcookie lsm_set_self_attr mount"
+        " mount_setattr move_mount open_tree open_tree_attr perf_event_open pivot_root quotactl quotactl_fd"
+        " setdomainname sethostname setns statmount umount2 unshare"
     ),
     "CAP_SYS_BOOT": "reboot kexec_load kexec_file_load",
     "CAP_SYS_CHROOT": "chroot",
@@ -62,8 +71,8 @@ _PRIVILEGED = {
 }
 _NEVER = (
     "_sysctl add_key afs_syscall create_module get_kernel_syms getpmsg io_uring_enter io_uring_register"
-    " io_uring_setup keyctl migrate_pages move_pages nfsservctl putpmsg query_module request_key security swapoff"
-    " swapon sysfs tuxcall uselib userfaultfd ustat vmsplice vserver"
+    " io_uring_setup keyctl migrate_pages move_pages nfsservctl putpmsg query_module request_key security"
+    " swapoff swapon sysfs tuxcall uselib userfaultfd ustat vmsplice vserver"
 )
 _CONDITIONAL = frozenset(("clone", "clone3", "personality", "socket"))
 _NAMESPACE_FLAGS = 0x7E020000
@@ -75,9 +84,9 @@ _PERSONALITIES = (0x0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF)
 def default_profile(capabilities: Sequence[str], *, ignore_chown: bool = False) -> dict[str, Any]:
     """Return the OCI `linux.seccomp` of a container that has `capabilities`.
 
-    Everything known is allowed but what needs a capability that is not there, what has a record of kernel bugs, and
-    new namespaces. Other than moby's: NUMA placement (`mbind` and its like) is allowed, PyTorch and NCCL use it.
-    `ignore_chown` makes the chown family succeed without doing anything.
+    Everything known is allowed but what needs a capability that is not there, what has a record of kernel
+    bugs, and new namespaces. Other than moby's: NUMA placement (`mbind` and its like) is allowed, PyTorch
+    and NCCL use it. `ignore_chown` makes the chown family succeed without doing anything.
     """
     held = set(capabilities)
     native = numbers(os.uname().machine)
@@ -154,7 +163,8 @@ def _verdicts(rules: Sequence[Mapping[str, Any]], table: Mapping[str, int]) -> V
     for rule in rules:
         action = _action(rule["action"], rule.get("errnoRet"))
         conditions = tuple(
-            (test["index"], test["op"], test["value"], test.get("valueTwo", 0)) for test in rule.get("args") or ()
+            (test["index"], test["op"], test["value"], test.get("valueTwo", 0))
+            for test in rule.get("args") or ()
         )
         for name in rule["names"]:
             if name in table:
@@ -174,7 +184,7 @@ def _ranges(verdicts: Verdicts, default: int, last: int) -> list[tuple[int, list
 
 
 def _leaf(rules: Sequence[tuple[Conditions, int]], default: int) -> list[bytes]:
-    """Return the code for one number: each conditional rule in turn, then the unconditional one or the default."""
+    """Return the code for one number: conditional rules in turn, then the unconditional one or the default."""
     code: list[bytes] = []
     final = default
     for conditions, action in rules:

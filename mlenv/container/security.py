@@ -19,13 +19,49 @@ if TYPE_CHECKING:
 CAPABILITY_NUMBERS = {
     f"CAP_{name}": number
     for number, name in enumerate(
-        (
-            "CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE"
-            " NET_BIND_SERVICE NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT"
-            " SYS_PTRACE SYS_PACCT SYS_ADMIN SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE"
-            " AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ"
-            " PERFMON BPF CHECKPOINT_RESTORE"
-        ).split()
+        [
+            "CHOWN",
+            "DAC_OVERRIDE",
+            "DAC_READ_SEARCH",
+            "FOWNER",
+            "FSETID",
+            "KILL",
+            "SETGID",
+            "SETUID",
+            "SETPCAP",
+            "LINUX_IMMUTABLE",
+            "NET_BIND_SERVICE",
+            "NET_BROADCAST",
+            "NET_ADMIN",
+            "NET_RAW",
+            "IPC_LOCK",
+            "IPC_OWNER",
+            "SYS_MODULE",
+            "SYS_RAWIO",
+            "SYS_CHROOT",
+            "SYS_PTRACE",
+            "SYS_PACCT",
+            "SYS_ADMIN",
+            "SYS_BOOT",
+            "SYS_NICE",
+            "SYS_RESOURCE",
+            "SYS_TIME",
+            "SYS_TTY_CONFIG",
+            "MKNOD",
+            "LEASE",
+            "AUDIT_WRITE",
+            "AUDIT_CONTROL",
+            "SETFCAP",
+            "MAC_OVERRIDE",
+            "MAC_ADMIN",
+            "SYSLOG",
+            "WAKE_ALARM",
+            "BLOCK_SUSPEND",
+            "AUDIT_READ",
+            "PERFMON",
+            "BPF",
+            "CHECKPOINT_RESTORE",
+        ]
     )
 }
 """Source: include/uapi/linux/capability.h, Linux 6.17."""
@@ -33,7 +69,7 @@ _LIMIT_INFINITY = 2**64 - 1
 
 
 class Identity:
-    """Who a process is inside: numbers of the container, and the home directory where the passwd file names one."""
+    """Who a process is inside: the container's numbers, and the home directory its passwd file names."""
 
     __slots__ = ("gid", "groups", "home", "uid")
 
@@ -153,7 +189,9 @@ def look_up(text: str, passwd: bytes, group: bytes) -> Identity:
     wanted, _, wanted_group = text.partition(":")
     entry = _entry(passwd, wanted, 7)
     if entry is None and not wanted.isdigit():
-        raise ContainerError(f"the container has no user `{wanted}`", hint="give a number, or a name of /etc/passwd")
+        raise ContainerError(
+            f"the container has no user `{wanted}`", hint="give a number, or a name of /etc/passwd"
+        )
     uid = int(entry[2]) if entry else int(wanted)
     gid = int(entry[3]) if entry else 0
     home = entry[5] if entry else None

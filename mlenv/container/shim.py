@@ -1,12 +1,13 @@
 """The one process that stays with a container: its parent, its terminal or pipes, its log, its attach socket.
 
-It starts the container, tells whoever asked for it through a pipe, serves until PID 1 ends, removes everything
-around it and writes down how it ended. If whoever asked is gone before the container runs, nothing is left.
+It starts the container, tells whoever asked for it through a pipe, serves until PID 1 ends, removes
+everything around it and writes down how it ended. If whoever asked is gone before the container runs,
+nothing is left.
 """
 
 from __future__ import annotations
 
-import _signal
+import _signal  # type: ignore[import-not-found]  # `signal` imports enum: 8 ms
 import _socket
 import os
 import select
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 _CHUNK = 32768
 _CLIENT_BUFFER_MAX = 1 << 20
-"""Bytes kept for a client that does not read; the first one then slows the container, a later one loses output."""
+"""Bytes kept for a client that does not read; the first one then slows the container, a later one loses
+output."""
 _STDIN_BUFFER_MAX = 1 << 18
 _REPLAY_MAX = 1 << 14
 """Bytes of a terminal's latest output that a new client sees at once."""
@@ -70,7 +72,11 @@ def _failure(error: BaseException) -> dict[str, Any]:
             "status": error.exit_status,
             "code": error.code,
         }
-    return {"message": "the container could not be started", "cause": f"{type(error).__name__}: {error}", "status": 125}
+    return {
+        "message": "the container could not be started",
+        "cause": f"{type(error).__name__}: {error}",
+        "status": 125,
+    }
 
 
 def _answer(answer_fd: int, answer: dict[str, Any]) -> bool:
@@ -141,14 +147,14 @@ class Shim:
         if self.listeners:
             surroundings.publish(self.listeners, self.known, self.directory)
             self.listeners = []
-        from mlenv.container import syscalls  # noqa: PLC0415 - loaded already, this only names it
+        from mlenv.container import syscalls
 
         self.pidfd = syscalls.pidfd_open(self.pid)
         self.known |= {"status": "running", "started": time.time(), "exit_code": None, "finished": None}
         self._note(self.known)
 
     def _bind(self, ports: Sequence[dict[str, Any]]) -> None:
-        from mlenv.container import forward  # noqa: PLC0415 - most containers publish nothing
+        from mlenv.container import forward
 
         self.listeners = forward.bind([_Published(port) for port in ports])
         self.known["ports"] = [{**listener.as_dict(), "protocol": "tcp"} for listener in self.listeners]
@@ -254,7 +260,9 @@ class Shim:
     def _wanted(self) -> dict[int, int]:
         assert self.listener is not None  # noqa: S101 - for mypy; `start` has made it
         wanted = {self.pidfd: select.EPOLLIN, self.listener.fileno(): select.EPOLLIN}
-        if not any(client.first and len(client.pending) > _CLIENT_BUFFER_MAX for client in self.clients.values()):
+        if not any(
+            client.first and len(client.pending) > _CLIENT_BUFFER_MAX for client in self.clients.values()
+        ):
             for descriptor in self.outputs:
                 wanted[descriptor] = select.EPOLLIN
         takes_input = len(self.stdin_pending) <= _STDIN_BUFFER_MAX
@@ -283,7 +291,7 @@ class Shim:
     def _accept(self) -> None:
         assert self.listener is not None  # noqa: S101 - for mypy
         try:
-            descriptor, _ = self.listener._accept()  # type: ignore[attr-defined]
+            descriptor, _ = self.listener._accept()  # type: ignore[attr-defined]  # noqa: SLF001 - _socket's
         except OSError:  # the client has gone again
             return
         socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, descriptor)
@@ -394,8 +402,8 @@ class Shim:
 
     def _resize(self, rows: int, columns: int) -> None:
         if self.terminal and self.stdin_fd is not None:
-            import fcntl  # noqa: PLC0415
-            import termios  # noqa: PLC0415
+            import fcntl
+            import termios
 
             size = rows.to_bytes(2, sys.byteorder) + columns.to_bytes(2, sys.byteorder) + bytes(4)
             fcntl.ioctl(self.stdin_fd, termios.TIOCSWINSZ, size)
@@ -413,7 +421,7 @@ class Shim:
         self.known |= {"status": "stopped", "exit_code": status, "finished": time.time()}
         self._close_around()
         if self.known.get("remove_on_exit"):
-            from mlenv.container import removal  # noqa: PLC0415 - only `--rm` needs it
+            from mlenv.container import removal
 
             removal.remove(self.directory)
         self._goodbye(status)
@@ -437,7 +445,7 @@ class Shim:
     def _close_around(self) -> None:
         """Remove what stands around the container and write the note that stays."""
         if self.listeners:
-            from mlenv.container import forward  # noqa: PLC0415
+            from mlenv.container import forward
 
             forward.close(self.listeners)
         held = surroundings.undo(self.known)
@@ -448,10 +456,8 @@ class Shim:
             self.log.close()
         if self.listener is not None:
             self.listener.close()
-            try:
+            if os.path.exists(self.known["socket"]):
                 os.unlink(self.known["socket"])
-            except FileNotFoundError:
-                pass
         self.known |= {"socket": None, "init": None, "shim": None}
         self._note(self.known)
 

@@ -21,12 +21,15 @@ _START_TIME_FIELD = 19
 
 def boot_id() -> str:
     """Return the id of this boot of the machine."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:  # noqa: PTH123
+    with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:
         return file.read().strip()
 
 
 def identity(pid: int) -> dict[str, Any] | None:
-    """Return what tells the process `pid` from any other that ever had its number; None where there is none."""
+    """Return what tells the process `pid` from any other that ever had its number.
+
+    None where there is none.
+    """
     started = start_time(pid)
     return None if started is None else {"pid": pid, "start_time": started, "boot_id": boot_id()}
 
@@ -34,7 +37,7 @@ def identity(pid: int) -> dict[str, Any] | None:
 def start_time(pid: int) -> int | None:
     """Return when `pid` started, in clock ticks since boot; None where it has ended (zombies included)."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123
+        with open(f"/proc/{pid}/stat", "rb") as file:
             content = file.read()
     except (FileNotFoundError, ProcessLookupError):
         return None
@@ -46,7 +49,7 @@ def is_alive(known: dict[str, Any] | None) -> bool:
     """Whether the process of this identity still runs."""
     if not known:
         return False
-    return start_time(known["pid"]) == known["start_time"] and boot_id() == known["boot_id"]
+    return bool(start_time(known["pid"]) == known["start_time"] and boot_id() == known["boot_id"])
 
 
 def read(directory: str) -> dict[str, Any]:
@@ -63,11 +66,13 @@ def write(directory: str, value: dict[str, Any]) -> None:
 
 
 def lock(directory: str, *, wait: bool = True) -> int | None:
-    """Return the container's lock, held until the descriptor is closed; None where it is taken and not waited for.
+    """Return the container's lock, held until the descriptor is closed.
+
+    None where it is taken and not waited for.
 
     The kernel drops it with its holder, so there is no stale lock.
     """
-    import fcntl  # noqa: PLC0415
+    import fcntl
 
     while True:
         lock_fd = os.open(os.path.join(directory, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -85,7 +90,7 @@ def lock(directory: str, *, wait: bool = True) -> int | None:
 
 def kill_exactly(known: dict[str, Any] | None, number: int) -> bool:
     """Send a signal to the process of this identity and to no other; False where it has ended."""
-    from mlenv.container import syscalls  # noqa: PLC0415 - `ps` needs no ctypes
+    from mlenv.container import syscalls
 
     if not known:
         return False

@@ -1,6 +1,9 @@
-"""What stands around a container's process on the host: control groups, network, forwarder; made once, undone once.
+"""What stands around a container's process on the host: control groups, network, forwarder.
 
-All of it is noted as plain JSON before it is made, so that whoever finds the note of a killed owner can undo it too.
+Made once, undone once.
+
+All of it is noted as plain JSON before it is made, so that whoever finds the note of a killed owner can
+undo it too.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ def start(
 ) -> process.Started:
     """Start the bundle's process with all that it needs around it.
 
-    `known` is the container's note, `note` writes it. Raises: ContainerError; `undo(known)` then removes what is there.
+    `known` is the container's note, `note` writes it. Raises: ContainerError; `undo(known)` then removes
+    what is there.
     """
     resources = bundle.linux.get("resources", {})
     id_map = namespaces.plan(bundle.linux)
@@ -45,7 +49,7 @@ def start(
     def connect(pid: int) -> None:
         known["init"] = state.identity(pid)
         if bundle.network == "private":
-            from mlenv.container import net  # noqa: PLC0415 - only a private network needs it
+            from mlenv.container import net
 
             rootless = id_map.needs_namespace
             known["network"] = net.setup("private", known["id"], pid, rootless=rootless, state_dir=directory)
@@ -62,7 +66,7 @@ def start(
 
 def publish(listeners: Sequence[Listener], known: dict[str, Any], directory: str) -> None:
     """Start the forwarder of the container's ports; the listening sockets move into it."""
-    from mlenv.container import forward  # noqa: PLC0415 - most containers publish nothing
+    from mlenv.container import forward
 
     known["forwarder"] = forward.start(
         listeners,
@@ -79,12 +83,12 @@ def undo(known: dict[str, Any]) -> list[str]:
     state.kill_exactly(known.get("init"), _SIGKILL)
     forwarder = known.pop("forwarder", None)
     if forwarder:
-        from mlenv.container import companion  # noqa: PLC0415
+        from mlenv.container import companion
 
         companion.end(forwarder)
     network = known.pop("network", None)
     if network:
-        from mlenv.container import net  # noqa: PLC0415
+        from mlenv.container import net
 
         net.teardown(network)
     group = state.group_of(known)
@@ -97,7 +101,7 @@ def undo(known: dict[str, Any]) -> list[str]:
 
 
 def _remove_group(group: cgroups.Group) -> list[str]:
-    import select  # noqa: PLC0415
+    import select
 
     for _ in range(_REMOVAL_TRIES):
         held = group.remove()
@@ -122,7 +126,11 @@ def _write_hosts(bundle: Bundle, address: str | None) -> None:
     """Write /etc/hosts; the file exists before, so a mount of it shows the new content."""
     if bundle.writes_names:
         own = f"{address or '127.0.1.1'}\t{bundle.config['hostname']}\n"
-        _replace(bundle, "hosts", f"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n{own}".encode())
+        _replace(
+            bundle,
+            "hosts",
+            f"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n{own}".encode(),
+        )
 
 
 def _replace(bundle: Bundle, name: str, content: bytes) -> None:
@@ -136,13 +144,13 @@ def _replace(bundle: Bundle, name: str, content: bytes) -> None:
 
 def _resolv_conf(network: str) -> bytes:
     if network == "private":
-        from mlenv.container import net  # noqa: PLC0415
+        from mlenv.container import net
 
         return net.resolv_conf(network)
     if network == "none":
         return b""
     try:
-        with open("/etc/resolv.conf", "rb") as file:  # noqa: PTH123 - pathlib costs 10 ms
+        with open("/etc/resolv.conf", "rb") as file:
             return file.read()
     except FileNotFoundError:
         return b""

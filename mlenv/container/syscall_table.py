@@ -1,7 +1,8 @@
 """Numbers of the system calls of each architecture, in number order; a number in the text sets the next one.
 
-Source: Linux 6.17, arch/x86/entry/syscalls/syscall_64.tbl and scripts/syscall.tbl (arm64). What is above the highest
-number here did not exist when this was written: a filter answers ENOSYS to it, as an older kernel would.
+Source: Linux 6.17, arch/x86/entry/syscalls/syscall_64.tbl and scripts/syscall.tbl (arm64). What is above
+the highest number here did not exist when this was written: a filter answers ENOSYS to it, as an older
+kernel would.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The Linux system calls that Python's `os` has not; the only owner of ctypes.
 
-Each function is named after its man page and raises OSError with the call and its object in the message. Nothing is
-decided here. Numbers are the same on every architecture since Linux 5.0; the two older ones come from a table.
+Each function is named after its man page and raises OSError with the call and its object in the message.
+Nothing is decided here. Numbers are the same on every architecture since Linux 5.0; the two older ones
+come from a table.
 """
 
 from __future__ import annotations
@@ -28,7 +29,14 @@ CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
-MS_BIND, MS_REC, MS_PRIVATE, MS_SLAVE, MS_SHARED, MS_UNBINDABLE = 4096, 16384, 1 << 18, 1 << 19, 1 << 20, 1 << 17
+MS_BIND, MS_REC, MS_PRIVATE, MS_SLAVE, MS_SHARED, MS_UNBINDABLE = (
+    4096,
+    16384,
+    1 << 18,
+    1 << 19,
+    1 << 20,
+    1 << 17,
+)
 MNT_DETACH = 2
 
 AT_FDCWD = -100
@@ -55,7 +63,8 @@ _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_SET_FD, _FSCONFIG_CMD_CREATE
 FSCONFIG_STRING_MAX = 255
 """Longest string fsconfig(2) takes, in bytes."""
 MOUNT_DATA_MAX = 4000
-"""Longest option string given to mount(2): its page ends at 4096 bytes, and the kernel cuts what is longer silently."""
+"""Longest option string given to mount(2): its page ends at 4096 bytes, and the kernel cuts what is longer
+silently."""
 
 RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_IN_ROOT = 0x10
@@ -64,6 +73,7 @@ _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_KEEPCAPS, _PR_SET_SECCOMP, _PR_CAPB
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 36, 38, 47
 _PR_CAP_AMBIENT_RAISE, _PR_CAP_AMBIENT_CLEAR_ALL = 2, 4
 _SECCOMP_MODE_FILTER = 2
+_LOG_LINES = 8
 _CAPABILITY_VERSION_3 = 0x20080522
 
 
@@ -73,7 +83,7 @@ def _fail(call: str, about: object = None) -> OSError:
     return OSError(number, f"{what}: {os.strerror(number)}")
 
 
-def _call(number: int, *arguments: int | bytes | None | ctypes.Array[ctypes.c_char]) -> int:
+def _call(number: int, *arguments: int | bytes | ctypes.Array[ctypes.c_char] | None) -> int:
     """Call a system call by number; integers travel as C longs, bytes as pointers."""
     words = [ctypes.c_long(value) if isinstance(value, int) else value for value in arguments]
     return int(_libc.syscall(ctypes.c_long(number), *words))
@@ -86,19 +96,28 @@ def _prctl(call: str, option: int, *arguments: int) -> None:
 
 
 def unshare(flags: int) -> None:
-    """Leave the shared namespaces of `flags`. Source: unshare(2)."""
+    """Leave the shared namespaces of `flags`.
+
+    Source: unshare(2).
+    """
     if _libc.unshare(ctypes.c_int(flags)) != 0:
         raise _fail("unshare", hex(flags))
 
 
 def setns(namespace_fd: int, flags: int) -> None:
-    """Join a namespace by its file, or several of a process by its pidfd (Linux 5.8). Source: setns(2)."""
+    """Join a namespace by its file, or several of a process by its pidfd (Linux 5.8).
+
+    Source: setns(2).
+    """
     if _libc.setns(ctypes.c_int(namespace_fd), ctypes.c_int(flags)) != 0:
         raise _fail("setns", hex(flags))
 
 
 def pidfd_open(pid: int) -> int:
-    """Return a close-on-exec descriptor of the process `pid` (Linux 5.3). Source: pidfd_open(2)."""
+    """Return a close-on-exec descriptor of the process `pid` (Linux 5.3).
+
+    Source: pidfd_open(2).
+    """
     pidfd = _call(_PIDFD_OPEN, pid, 0)
     if pidfd < 0:
         raise _fail("pidfd_open", pid)
@@ -106,22 +125,33 @@ def pidfd_open(pid: int) -> int:
 
 
 def pidfd_send_signal(pidfd: int, number: int) -> None:
-    """Send a signal to exactly the process behind `pidfd`. Source: pidfd_send_signal(2)."""
+    """Send a signal to exactly the process behind `pidfd`.
+
+    Source: pidfd_send_signal(2).
+    """
     if _call(_PIDFD_SEND_SIGNAL, pidfd, number, None, 0) != 0:
         raise _fail("pidfd_send_signal", number)
 
 
 def close_range(first: int, last: int = 0xFFFFFFFF) -> None:
-    """Close every descriptor from `first` to `last` (Linux 5.9). Source: close_range(2)."""
+    """Close every descriptor from `first` to `last` (Linux 5.9).
+
+    Source: close_range(2).
+    """
     if _call(_CLOSE_RANGE, first, last, 0) != 0:
         os.closerange(first, 65536)
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, data: str = "") -> None:
-    """Mount the old way. Raises: OSError E2BIG for options that the kernel would cut. Source: mount(2)."""
+    """Mount the old way.
+
+    Raises: OSError E2BIG for options that the kernel would cut. Source: mount(2).
+    """
     encoded = os.fsencode(data)
     if len(encoded) > MOUNT_DATA_MAX:
-        raise OSError(7, f"mount {target}: options of {len(encoded)} bytes, at most {MOUNT_DATA_MAX} are safe")
+        raise OSError(
+            7, f"mount {target}: options of {len(encoded)} bytes, at most {MOUNT_DATA_MAX} are safe"
+        )
     if (
         _libc.mount(
             os.fsencode(source),
@@ -142,13 +172,19 @@ def umount2(target: str, flags: int) -> None:
 
 
 def pivot_root(new_root: str, put_old: str) -> None:
-    """Make `new_root` the root and hang the old one on `put_old`. Source: pivot_root(2)."""
+    """Make `new_root` the root and hang the old one on `put_old`.
+
+    Source: pivot_root(2).
+    """
     if _call(_PIVOT_ROOT, os.fsencode(new_root), os.fsencode(put_old)) != 0:
         raise _fail("pivot_root", new_root)
 
 
 def fsopen(kind: str) -> int:
-    """Open a new, unconfigured filesystem of `kind` (Linux 5.2). Source: fsopen(2)."""
+    """Open a new, unconfigured filesystem of `kind` (Linux 5.2).
+
+    Source: fsopen(2).
+    """
     context_fd = _call(_FSOPEN, kind.encode(), 1)
     if context_fd < 0:
         raise _fail("fsopen", kind)
@@ -182,8 +218,8 @@ def fsconfig_create(context_fd: int) -> None:
 def _context_log(context_fd: int) -> str:
     """Return what the kernel says about the last failure; the number in errno is kept."""
     number = ctypes.get_errno()
-    lines = []
-    while len(lines) < 8:
+    lines: list[str] = []
+    while len(lines) < _LOG_LINES:
         try:
             lines.append(os.read(context_fd, 4096).decode(errors="replace").strip())
         except OSError:  # ENODATA: the log is read to its end
@@ -193,7 +229,10 @@ def _context_log(context_fd: int) -> str:
 
 
 def fsmount(context_fd: int, attributes: int = 0) -> int:
-    """Return a detached mount of a created filesystem. Source: fsmount(2)."""
+    """Return a detached mount of a created filesystem.
+
+    Source: fsmount(2).
+    """
     mount_fd = _call(_FSMOUNT, context_fd, 1, attributes)
     if mount_fd < 0:
         raise _fail("fsmount", _context_log(context_fd))
@@ -201,7 +240,10 @@ def fsmount(context_fd: int, attributes: int = 0) -> int:
 
 
 def open_tree(directory_fd: int, path: str, flags: int) -> int:
-    """Return a mount by descriptor, a detached copy with OPEN_TREE_CLONE. Source: open_tree(2)."""
+    """Return a mount by descriptor, a detached copy with OPEN_TREE_CLONE.
+
+    Source: open_tree(2).
+    """
     tree_fd = _call(_OPEN_TREE, directory_fd, os.fsencode(path), flags | OPEN_TREE_CLOEXEC)
     if tree_fd < 0:
         raise _fail("open_tree", path)
@@ -209,7 +251,10 @@ def open_tree(directory_fd: int, path: str, flags: int) -> int:
 
 
 def move_mount(mount_fd: int, target_fd: int) -> None:
-    """Attach the mount `mount_fd` on what `target_fd` is open on; no path is walked. Source: move_mount(2)."""
+    """Attach the mount `mount_fd` on what `target_fd` is open on; no path is walked.
+
+    Source: move_mount(2).
+    """
     flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH
     if _call(_MOVE_MOUNT, mount_fd, b"", target_fd, b"", flags) != 0:
         raise _fail("move_mount")
@@ -218,14 +263,20 @@ def move_mount(mount_fd: int, target_fd: int) -> None:
 def mount_setattr(
     directory_fd: int, path: str, *, flags: int = 0, add: int = 0, clear: int = 0, propagation: int = 0
 ) -> None:
-    """Change a mount's attributes, with AT_RECURSIVE its children's too (Linux 5.12). Source: mount_setattr(2)."""
+    """Change a mount's attributes, with AT_RECURSIVE its children's too (Linux 5.12).
+
+    Source: mount_setattr(2).
+    """
     words = b"".join(value.to_bytes(8, "little") for value in (add, clear, propagation, 0))
     if _call(_MOUNT_SETATTR, directory_fd, os.fsencode(path), flags, words, len(words)) != 0:
         raise _fail("mount_setattr", path)
 
 
 def openat2(directory_fd: int, path: str, *, flags: int, mode: int = 0, resolve: int = 0) -> int:
-    """Open `path` below `directory_fd` under the rules of `resolve` (Linux 5.6). Source: openat2(2)."""
+    """Open `path` below `directory_fd` under the rules of `resolve` (Linux 5.6).
+
+    Source: openat2(2).
+    """
     how = b"".join(value.to_bytes(8, "little") for value in (flags | os.O_CLOEXEC, mode, resolve))
     opened_fd = _call(_OPENAT2, directory_fd, os.fsencode(path), how, len(how))
     if opened_fd < 0:
@@ -280,7 +331,10 @@ def raise_ambient(capability: int) -> None:
 
 
 def capset(*, effective: int, permitted: int, inheritable: int) -> None:
-    """Set this thread's capabilities; each set is a bit mask. Source: capset(2)."""
+    """Set this thread's capabilities; each set is a bit mask.
+
+    Source: capset(2).
+    """
     header = _CAPABILITY_VERSION_3.to_bytes(4, "little") + bytes(4)
     data = b"".join(
         (mask >> shift & 0xFFFFFFFF).to_bytes(4, "little")

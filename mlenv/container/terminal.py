@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import _signal
+import _signal  # type: ignore[import-not-found]  # `signal` imports enum: 8 ms
 import fcntl
 import os
 import select
@@ -59,7 +59,10 @@ def set_window_size(descriptor: int, rows: int, columns: int) -> None:
 
 
 def proxy(master_fd: int, pid: int) -> int:
-    """Copy between our standard streams and a pty until the process `pid`, our child, ends; return its status."""
+    """Copy between our standard streams and a pty until the process `pid`, our child, ends.
+
+    Return its status.
+    """
     ours = os.isatty(0)
     before = make_raw(0) if ours else None
     pidfd = syscalls.pidfd_open(pid)

@@ -38,7 +38,7 @@ _SHOWN = 60
 _CONFLICT = ("<<<<<<< ", "=======", ">>>>>>> ")
 
 
-class LockFault(ValueError):  # noqa: N818 - a finding; file.py turns it into LockError
+class LockFault(Exception):  # noqa: N818 - a finding; file.py turns it into LockError
     """What is wrong with a lock, and where."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:

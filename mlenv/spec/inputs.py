@@ -6,6 +6,7 @@ They belong to the spec's digest: a changed requirement or line of a local packa
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 import stat
 from hashlib import sha256
@@ -138,7 +139,7 @@ def _file_digest(path: Path) -> str:
     total = sha256()
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError:
+    except (OSError, ValueError):  # not there, not ours to read, or no path at all
         return "missing"
     with os.fdopen(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -162,7 +163,7 @@ def _add_requirements(name: str, directory: Path, found: dict[str, str]) -> None
     for line in _logical_lines(text):
         if match := _INCLUDED.match(line):
             if "://" not in match["path"]:
-                _add_requirements(str(folder / match["path"]), directory, found)
+                _add_requirements(posixpath.normpath(folder / match["path"]), directory, found)
             continue
         match = _EDITABLE.match(line)
         package = match["path"] if match else line.split()[0]

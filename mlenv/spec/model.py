@@ -120,7 +120,9 @@ def _enough_memory(size: int | None) -> int | None:
 
 Text = Annotated[str, _text()]
 Name = Annotated[str, AfterValidator(values.name), _text(r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
-Boolean = Annotated[bool, BeforeValidator(_boolean), _words("true", "false", True, False)]
+Boolean = Annotated[
+    bool, BeforeValidator(_boolean), _words("true", "True", "TRUE", "false", "False", "FALSE", True, False)
+]
 Variable = Annotated[str, AfterValidator(values.variable)]
 Variables = dict[Variable, Annotated[str, WithJsonSchema({"type": ["string", "number", "boolean"]})]]
 Package = Annotated[

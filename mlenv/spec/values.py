@@ -249,21 +249,31 @@ def pytorch(text: str) -> str | None:
 
 def version_or_range(text: str) -> str:
     """Return a version or a range of versions. Source: PyPA version specifiers."""
-    from packaging.specifiers import InvalidSpecifier, SpecifierSet
+    if text and (_is_version(text) if text[0].isdigit() else _is_range(text)):
+        return text
+    found = re.search(r"[0-9]+(\.[0-9]+)*", text)
+    hint = f'write `"{found.group()}"` or a range like `">={found.group()}"`' if found else 'write `"3.11"`'
+    raise BadValueError(f"{quote(text)} is neither a version nor a range", hint)
+
+
+def _is_version(text: str) -> bool:
     from packaging.version import InvalidVersion, Version
 
     try:
-        if text[:1].isdigit():
-            Version(text)
-        elif not SpecifierSet(text):
-            raise InvalidSpecifier(text)
-        return text
-    except (InvalidVersion, InvalidSpecifier):
-        found = re.search(r"[0-9]+(\.[0-9]+)*", text)
-        hint = (
-            f'write `"{found.group()}"` or a range like `">={found.group()}"`' if found else 'write `"3.11"`'
-        )
-        raise BadValueError(f"{quote(text)} is neither a version nor a range", hint) from None
+        Version(text)
+    except InvalidVersion:
+        return False
+    return True
+
+
+def _is_range(text: str) -> bool:
+    from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
+    try:
+        SpecifierSet(text)
+    except InvalidSpecifier:
+        return False
+    return bool(text.strip())
 
 
 def cuda(text: str) -> str:

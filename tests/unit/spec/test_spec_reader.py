@@ -1,5 +1,7 @@
 """Reading specs: values, places, every fault at once, and inputs that are no spec at all."""
 
+# ruff: noqa: E501, ISC004 - tables of texts are compared line by line
+
 from __future__ import annotations
 
 import os
@@ -186,7 +188,7 @@ FAULTS = {
     "python: 2.7": ["1:9: `python`: Python 2.7 is not supported = write a version of Python 3"],
     "packages: ['numpy=1.2']": [
         "1:12: `packages[0]`: `numpy=1.2` is not a requirement: "
-        "Expected semicolon (after name with no version specifier) or end = write `\"numpy==1.2\"`"
+        'Expected semicolon (after name with no version specifier) or end = write `"numpy==1.2"`'
     ],
     "packages: [-e ./x]": ["1:12: `packages[0]`: `-e ./x` is not a requirement = leave `-e` out: write `./x`"],
     "packages: ['git+https://example.org/x']": [
@@ -305,10 +307,15 @@ def test_malformed_yaml_is_reported_at_the_scanners_mark(
 
 
 def test_all_faults_come_together_in_the_order_of_the_file(faults: Callable[[str], list[str]]) -> None:
-    text = "\n".join(
-        ["pyton: 3.8", "apt: [Git, A_B]", "ports: ['8097', ':x', '0:1', '1:70000', '1-2:1-2', 'x:1:1']"]
-        + ["resources: {memory: 16XB, cpus: many, pids: -1}", "image: a/UPPER", "image: b", "env: {A: !t x, 2: y}"]
-    )  # fmt: skip
+    text = """\
+pyton: 3.8
+apt: [Git, A_B]
+ports: ['8097', ':x', '0:1', '1:70000', '1-2:1-2', 'x:1:1']
+resources: {memory: 16XB, cpus: many, pids: -1}
+image: a/UPPER
+image: b
+env: {A: !t x, 2: y}
+"""
     places = [tuple(map(int, fault.split(":", 2)[:2])) for fault in faults(text)]
     assert places == sorted(places)
     assert [line for line, _ in places] == [1, 2, 2, 2, 3, 3, 3, 3, 3, 3, 4, 4, 4, 5, 6, 7, 7]

@@ -65,7 +65,9 @@ def test_the_shipped_catalog_is_listed_with_the_users_own_first(places: dict[str
     ]
 
 
-@pytest.mark.parametrize("name", ["./envs/x.yaml", "envs/x.yaml", "../sub/envs/x.yaml", "../sub", ".", "./envs", ".."])
+@pytest.mark.parametrize(
+    "name", ["./envs/x.yaml", "envs/x.yaml", "../sub/envs/x.yaml", "../sub", ".", "./envs", ".."]
+)
 def test_paths_and_directories(places: dict[str, Path], name: str) -> None:
     put(places["repository" if name == ".." else "cwd"], "x.yaml")
     found = locate(name, cwd=places["cwd"].parent)
@@ -138,7 +140,9 @@ def test_what_is_not_there(places: dict[str, Path], name: str, hint: str) -> Non
         ("https://example.org/$(rm x)", "git clone 'https://example.org/$(rm x)'"),
     ],
 )
-def test_a_remote_spec_is_refused_with_the_line_that_brings_it_here(tmp_path: Path, name: str, line: str) -> None:
+def test_a_remote_spec_is_refused_with_the_line_that_brings_it_here(
+    tmp_path: Path, name: str, line: str
+) -> None:
     with pytest.raises(UsageError) as caught:
         locate(name, cwd=tmp_path)
     assert caught.value.hint == line

@@ -42,6 +42,8 @@ _REMEDIES = {
     "found unexpected end of stream": "close the quote",
     "expected ',' or ']'": "close the list with `]`",
     "expected ',' or '}'": "close the mapping with `}`",
+    "expected node content": "close the bracket, or quote the value",
+    "expected the node content": "close the bracket, or quote the value",
     "expected key": _ALIGN,
     "expected <block end>": _ALIGN,
     "expected '-' indicator": "a list and keys cannot stand at the same level: indent one of them",
@@ -288,10 +290,15 @@ class _TreeReader:
             "remove the tag; quote the value if it begins with `!`",
         )
 
+    def _inside(self, line: int, column: int) -> tuple[int, int]:
+        """Return a place within the text: libyaml puts its end on a line of its own."""
+        lines = lines_of(self._text)
+        return (line, column) if line <= len(lines) else (len(lines), len(lines[-1]) + 1)
+
     def _malformed(self, error: yaml.MarkedYAMLError) -> Fault:
         """Return the fault of text that is not YAML, in the scanner's words and at its mark."""
         mark = error.problem_mark or error.context_mark
-        line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
+        line, column = self._inside(mark.line + 1, mark.column + 1) if mark else (1, 1)
         problem = error.problem or "the text is not YAML"
         hint = next((remedy for words, remedy in _REMEDIES.items() if words in problem), None)
         if "cannot start any token" in problem and mark and self._text[mark.index : mark.index + 1] == "\t":

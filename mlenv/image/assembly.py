@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from mlenv import paths
 from mlenv.errors import ImageError
 from mlenv.image import bootstrap, pyc
-from mlenv.image.build import image_record
 from mlenv.image.digest import canonical_json, digest_of, encoded
 from mlenv.image.fetch import Download, apt_proxy, fetch_all, fetch_one, forget
 from mlenv.image.layer import LayerFacts, write_layer
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
     from mlenv.image.fetch import Sources
     from mlenv.image.runner import Runner
-    from mlenv.lock.model import DebPackage, Lock, PythonLock, Wheel
+    from mlenv.lock.model import BaseLock, DebPackage, Lock, PythonLock, Wheel
     from mlenv.progress import Progress
 
 CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
@@ -53,7 +52,7 @@ _WORKERS_FROM = 4 << 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """A tree of an image with what it is: `title` for the history, `bucket` of a small wheel's name (0 to 15)."""
+    """A tree of an image: `title` for the history, `bucket` (0 to 15) of a small wheel's name."""
 
     tree: Tree
     title: str
@@ -61,21 +60,38 @@ class Part:
     bucket: int | None = None
 
 
-def make_trees(
-    lock: Lock, *, store: Store, sources: Sources, run: Runner, progress: Progress
-) -> tuple[Part, ...]:
-    """Return the parts of an image, bottom first, making what is missing: wheels unpack while the base installs."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """A lock that an image can be built from."""
+
+    lock: Lock
+    base: BaseLock
+    python: PythonLock
+
+
+def recipe(lock: Lock) -> Recipe:
+    """Return a lock with the parts that a build cannot do without.
+
+    Raises: ImageError where it has none.
+    """
     if lock.image is not None or lock.base is None or lock.python is None:
         raise ImageError(
             f"the lock of `{lock.name}` has no base and Python to build from",
             cause="it uses an image as it is, and this version builds images from locked packages",
             hint="give `base` or leave `image` out of the spec",
         )
+    return Recipe(lock=lock, base=lock.base, python=lock.python)
+
+
+def make_trees(
+    recipe: Recipe, *, store: Store, sources: Sources, run: Runner, progress: Progress
+) -> tuple[Part, ...]:
+    """Return the parts of an image, bottom first; missing wheels unpack while the base installs."""
     maker = _Maker(store=store, sources=sources, run=run, progress=progress)
-    with maker.wheels(lock.wheels, lock.python) as wheels:
-        system = maker.system(lock)
+    with maker.wheels(recipe.lock.wheels, recipe.python) as wheels:
+        system = maker.system(recipe)
         parts = (*system, *_in_layer_order(wheels()))
-    return (*parts, *maker.build_steps(lock, parts))
+    return (*parts, *maker.build_steps(recipe, parts))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +108,7 @@ class _Maker:
         return paths.cache_dir() / "downloads"
 
     def make(self, key: str, build: Callable[[Path], LayerFacts]) -> Tree:
-        """Return the tree of a key; `build` makes `fs` in the directory it is given where the store has none."""
+        """Return the tree of a key; where the store has none, `build` makes `fs` in a directory."""
         found = self.store.tree(key)
         if found is not None:
             return found
@@ -108,38 +124,36 @@ class _Maker:
 
     # --- the operating system
 
-    def system(self, lock: Lock) -> list[Part]:
-        assert lock.base is not None
-        assert lock.python is not None
-        tag = pyc.python_tag(lock.python.version)
-        base_key = bootstrap.base_key(lock.base)
-        parts = [Part(tree=self.make(base_key, self._base(lock, base_key, tag)), title=f"base {lock.base.name}")]
-        if lock.apt:
-            key = bootstrap.apt_key(base_key, lock.apt)
-            tree = self.make(key, self._apt(lock.apt, parts[0].tree, key, tag))
-            parts.append(Part(tree=tree, title="apt " + " ".join(sorted(each.name for each in lock.apt))))
-        if lock.python.source == "standalone":
-            tree = self.make(python_key(lock.python), self._python(lock.python))
-            parts.append(Part(tree=tree, title=f"python {lock.python.version}"))
-        skeleton = self.make(skeleton_key(lock.python), _skeleton(lock.python))
+    def system(self, recipe: Recipe) -> list[Part]:
+        base, apt, python = recipe.base, recipe.lock.apt, recipe.python
+        tag = pyc.python_tag(python.version)
+        base_key = bootstrap.base_key(base)
+        parts = [Part(tree=self.make(base_key, self._base(base, base_key, tag)), title=f"base {base.name}")]
+        if apt:
+            key = bootstrap.apt_key(base_key, apt)
+            tree = self.make(key, self._apt(apt, parts[0].tree, key, tag))
+            parts.append(Part(tree=tree, title="apt " + " ".join(sorted(each.name for each in apt))))
+        if python.source == "standalone":
+            tree = self.make(python_key(python), self._python(python))
+            parts.append(Part(tree=tree, title=f"python {python.version}"))
+        skeleton = self.make(skeleton_key(python), _skeleton(python))
         parts.append(Part(tree=skeleton, title=f"environment {PREFIX}"))
         return parts
 
-    def _base(self, lock: Lock, key: str, tag: str) -> Callable[[Path], LayerFacts]:
+    def _base(self, base: BaseLock, key: str, tag: str) -> Callable[[Path], LayerFacts]:
         def build(work: Path) -> LayerFacts:
-            assert lock.base is not None
-            with self._debs(lock.base.packages, lock.base.name) as debs:
-                with self.progress.step(f"install {lock.base.name}", total=len(debs), unit="items"):
-                    bootstrap.build_base(debs, work, run=self.run)
+            with self._debs(base.packages, base.name) as debs, self.progress.step(f"install {base.name}"):
+                bootstrap.build_base(debs, work, run=self.run)
             return self._installed(work, key, tag)
 
         return build
 
-    def _apt(self, packages: Sequence[DebPackage], base: Tree, key: str, tag: str) -> Callable[[Path], LayerFacts]:
+    def _apt(
+        self, packages: Sequence[DebPackage], base: Tree, key: str, tag: str
+    ) -> Callable[[Path], LayerFacts]:
         def build(work: Path) -> LayerFacts:
-            with self._debs(packages, "apt packages") as debs:
-                with self.progress.step("install apt packages", total=len(debs), unit="items"):
-                    bootstrap.add_packages(debs, work, layers=[base.fs], run=self.run)
+            with self._debs(packages, "apt packages") as debs, self.progress.step("install apt packages"):
+                bootstrap.add_packages(debs, work, layers=[base.fs], run=self.run)
             return self._installed(work, key, tag)
 
         return build
@@ -157,7 +171,9 @@ class _Maker:
         by_hash = {package.sha256: package for package in packages}
         debs: list[bootstrap.Deb] = []
         downloads = [self._deb_download(package) for package in packages]
-        with self.progress.step(f"fetch {title}", total=sum(each.size for each in packages), unit="bytes") as step:
+        with self.progress.step(
+            f"fetch {title}", total=sum(each.size for each in packages), unit="bytes"
+        ) as step:
             for download, path in fetch_all(downloads, self.downloads, progress=step):
                 debs.append(bootstrap.Deb(package=by_hash[download.sha256], path=path))
         yield debs
@@ -171,7 +187,8 @@ class _Maker:
 
     def _python(self, python: PythonLock) -> Callable[[Path], LayerFacts]:
         def build(work: Path) -> LayerFacts:
-            assert python.sha256 is not None
+            if python.sha256 is None:
+                raise ImageError(f"the lock gives no sha256 of python {python.version}", hint="resolve anew")
             url = self.sources.python_url(python)
             download = Download(url=url, sha256=python.sha256, name=f"python {python.version}")
             archive = fetch_one(download, self.downloads, progress=self.progress)
@@ -211,26 +228,33 @@ class _Maker:
     def _wheel_part(self, wheel: Wheel, key: str) -> Part:
         tree = self.store.tree(key)
         if tree is None:
-            raise ImageError(f"the tree of `{wheel.filename}` is not in the store", hint="run the command again")
-        return Part(tree=tree, title=f"{wheel.name} {wheel.version}", is_wheel=True, bucket=_bucket(wheel.name))
+            raise ImageError(
+                f"the tree of `{wheel.filename}` is not in the store", hint="run the command again"
+            )
+        return Part(
+            tree=tree, title=f"{wheel.name} {wheel.version}", is_wheel=True, bucket=_bucket(wheel.name)
+        )
 
     # --- build steps
 
-    def build_steps(self, lock: Lock, below: Sequence[Part]) -> list[Part]:
+    def build_steps(self, recipe: Recipe, below: Sequence[Part]) -> list[Part]:
         parts: list[Part] = []
-        for command in lock.build:
+        for command in recipe.lock.build:
             under = [part.tree for part in (*below, *parts)]
             key = digest_of(canonical_json({"build": command, "below": [tree.key for tree in under]}))
-            parts.append(Part(tree=self.make(key, self._build_step(command, under, lock)), title=command))
+            parts.append(
+                Part(tree=self.make(key, self._build_step(command, under, recipe.python)), title=command)
+            )
         return parts
 
-    def _build_step(self, command: str, below: Sequence[Tree], lock: Lock) -> Callable[[Path], LayerFacts]:
-        assert lock.python is not None
-        python = lock.python
-
+    def _build_step(
+        self, command: str, below: Sequence[Tree], python: PythonLock
+    ) -> Callable[[Path], LayerFacts]:
         def build(work: Path) -> LayerFacts:
             with self.progress.step(f"build: {command}"):
-                bootstrap.run_build_step(command, work, layers=[tree.fs for tree in below], run=self.run, env=env(python))
+                bootstrap.run_build_step(
+                    command, work, layers=[tree.fs for tree in below], run=self.run, env=env(python)
+                )
             (work / "log").unlink()
             return write_layer([work / "fs"])
 
@@ -241,7 +265,13 @@ class _Batch:
     """Wheels that are fetched and unpacked together: one thread fetches, the others unpack what has come."""
 
     def __init__(
-        self, *, maker: _Maker, executor: ThreadPoolExecutor, stopped: Event, keys: Mapping[str, str], python: str
+        self,
+        *,
+        maker: _Maker,
+        executor: ThreadPoolExecutor,
+        stopped: Event,
+        keys: Mapping[str, str],
+        python: str,
     ) -> None:
         self._maker = maker
         self._executor = executor
@@ -262,7 +292,9 @@ class _Batch:
         """
         maker = self._maker
         downloads = [
-            Download(url=maker.sources.wheel_url(wheel), sha256=wheel.sha256, size=wheel.size, name=wheel.filename)
+            Download(
+                url=maker.sources.wheel_url(wheel), sha256=wheel.sha256, size=wheel.size, name=wheel.filename
+            )
             for wheel in wheels
         ]
         title = wheels[0].name if len(wheels) == 1 else f"{len(wheels)} packages"
@@ -310,42 +342,45 @@ def _in_layer_order(wheels: Sequence[Part]) -> list[Part]:
 
 
 def _own_layers(wheels: Sequence[Part]) -> set[str]:
-    """Return the keys of the wheels that are layers of their own: the largest, as many as an image can have."""
-    large = sorted((part.tree for part in wheels if part.tree.size >= OWN_LAYER_SIZE), key=lambda tree: -tree.size)
+    """Return the keys of the wheels that are layers of their own: the largest, as many as can be."""
+    large = sorted(
+        (part.tree for part in wheels if part.tree.size >= OWN_LAYER_SIZE), key=lambda tree: -tree.size
+    )
     return {tree.key for tree in large[: EXPORTED_LAYERS_MAX - BUCKETS - _SYSTEM_LAYERS]}
 
 
 # --- bytecode
 
 
-def compile_bytecode(lock: Lock, parts: Sequence[Part], *, store: Store, run: Runner, progress: Progress) -> None:
+def compile_bytecode(
+    python: PythonLock, parts: Sequence[Part], *, store: Store, run: Runner, progress: Progress
+) -> None:
     """Compile the modules of every tree that has no bytecode yet."""
-    assert lock.python is not None
-    tag = pyc.python_tag(lock.python.version)
+    tag = pyc.python_tag(python.version)
     trees = [part.tree for part in parts]
     missing = pyc.without_bytecode(store, trees, tag)
     if missing:
         with progress.step("compile bytecode", total=len(missing)):
             pyc.compile_trees(
-                store, trees, tag=tag, interpreter=lock.python.interpreter, workers=os.cpu_count() or 1, run=run
+                store, trees, tag=tag, interpreter=python.interpreter, workers=os.cpu_count() or 1, run=run
             )
 
 
 # --- the manifest
 
 
-def record_image(lock: Lock, parts: Sequence[Part], *, store: Store, progress: Progress) -> str:
+def record_image(recipe: Recipe, parts: Sequence[Part], *, store: Store, progress: Progress) -> str:
     """Write the manifest, configuration and records of an image; return the manifest's digest.
 
     What it is made of is safely on the disk before anything names it.
     """
-    assert lock.python is not None
+    lock = recipe.lock
     for conflict in conflicts(store, parts):
         progress.note(conflict)
     store.settle([store.tree_dir(part.tree.key) for part in parts])
     groups = _groups(parts)
     layers = [_layer(store, group) for group in groups]
-    config = _config(lock, groups, layers)
+    config = _config(recipe, groups, layers)
     manifest = _manifest(lock, store.add_blob(canonical_json(config)), len(canonical_json(config)), layers)
     content = canonical_json(manifest)
     digest = store.add_blob(content)
@@ -354,13 +389,14 @@ def record_image(lock: Lock, parts: Sequence[Part], *, store: Store, progress: P
         "digest": digest,
         "config": config,
         "layers": [
-            {"trees": [part.tree.key for part in group], **layer} for group, layer in zip(groups, layers, strict=True)
+            {"trees": [part.tree.key for part in group], **layer}
+            for group, layer in zip(groups, layers, strict=True)
         ],
         "lock": lock.digest,
-        "python_tag": pyc.python_tag(lock.python.version),
+        "python_tag": pyc.python_tag(recipe.python.version),
         "size": sum(part.tree.size for part in parts),
     }
-    store.write(image_record(store, digest), canonical_json(record) + b"\n")
+    store.write(store.image_record(digest), canonical_json(record) + b"\n")
     lock_record = {"image": digest, "descriptor": descriptor}
     store.write(store.root / "locks" / f"{encoded(lock.digest)}.json", canonical_json(lock_record) + b"\n")
     store.name_image(lock.name, descriptor)
@@ -377,7 +413,7 @@ def _groups(parts: Sequence[Part]) -> list[list[Part]]:
             groups.append([part])
     if len(groups) > EXPORTED_LAYERS_MAX:
         raise ImageError(
-            f"the image would have {len(groups)} layers, more than the {EXPORTED_LAYERS_MAX} that others can read",
+            f"the image would have {len(groups)} layers; others read {EXPORTED_LAYERS_MAX}",
             hint="join build steps with `&&`",
         )
     return groups
@@ -397,14 +433,16 @@ def _layer(store: Store, group: Sequence[Part]) -> dict[str, Any]:
     return {"diff_id": found["diff_id"], "size": found["size"]}
 
 
-def _config(lock: Lock, groups: Sequence[Sequence[Part]], layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    assert lock.python is not None
+def _config(
+    recipe: Recipe, groups: Sequence[Sequence[Part]], layers: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    lock = recipe.lock
     titles = [", ".join(part.title for part in group) for group in groups]
     return {
         "architecture": lock.platform.architecture,
         "os": lock.platform.os,
         "config": {
-            "Env": [f"{name}={value}" for name, value in env(lock.python).items()],
+            "Env": [f"{name}={value}" for name, value in env(recipe.python).items()],
             "Cmd": ["/bin/bash"],
             "WorkingDir": "/",
             "Labels": {LOCK_ANNOTATION: lock.digest, SPEC_ANNOTATION: lock.spec},
@@ -414,7 +452,9 @@ def _config(lock: Lock, groups: Sequence[Sequence[Part]], layers: Sequence[Mappi
     }
 
 
-def _manifest(lock: Lock, config: str, config_size: int, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _manifest(
+    lock: Lock, config: str, config_size: int, layers: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     return {
         "schemaVersion": 2,
         "mediaType": MANIFEST_TYPE,
@@ -433,7 +473,7 @@ def env(python: PythonLock) -> dict[str, str]:
 
 
 def conflicts(store: Store, parts: Sequence[Part]) -> list[str]:
-    """Return a line for each pair of wheels that bring one path with different bytes; the later one is seen."""
+    """Return a line for each pair of wheels with different bytes at one path; the later one is seen."""
     owners: dict[str, tuple[str, str]] = {}
     clashes: dict[tuple[str, str], list[str]] = {}
     for part in parts:

@@ -1,11 +1,12 @@
 """Bases: a root file system made of Debian packages, and further packages on top of one.
 
-The essential packages are unpacked here so that dpkg can run at all; then dpkg itself installs every package in a
-container, so that maintainer scripts, diversions, triggers and conffiles are what Debian means them to be. What is left
-over from the work, and every trace of when it was done, is taken out again: equal packages give equal trees.
+The essential packages are unpacked here so that dpkg can run at all; then dpkg itself installs every package
+in a container, so that maintainer scripts, diversions, triggers and conffiles are what Debian means them to
+be. What is left over from the work, and every trace of when it was done, is taken out again: equal packages
+give equal trees.
 
-Source: debootstrap(8), mmdebstrap(1) (order of the stages); Debian Policy 6 (maintainer scripts), 9.3.3.1 (policy-rc.d);
-reproducible-builds.org, SOURCE_DATE_EPOCH.
+Source: debootstrap(8), mmdebstrap(1) (order of the stages); Debian Policy 6 (maintainer scripts), 9.3.3.1
+(policy-rc.d); reproducible-builds.org, SOURCE_DATE_EPOCH.
 """
 
 from __future__ import annotations
@@ -138,9 +139,7 @@ def build_base(debs: Sequence[Deb], work: Path, *, run: Runner) -> None:
     normalise(root, work / "pyc", epoch=epoch, started=started)
 
 
-def add_packages(
-    debs: Sequence[Deb], work: Path, *, layers: Sequence[Path], run: Runner
-) -> None:
+def add_packages(debs: Sequence[Deb], work: Path, *, layers: Sequence[Path], run: Runner) -> None:
     """Install packages over `layers` (the base at the bottom); `work/fs` becomes what that changes.
 
     Raises: ImageError with the end of apt's log where a package cannot be installed.
@@ -168,10 +167,14 @@ def run_build_step(
     started = time.time()
     epoch = int(layers[0].stat().st_mtime)
     settings = {**env, "HOME": "/root", "DEBIAN_FRONTEND": "noninteractive", "SOURCE_DATE_EPOCH": str(epoch)}
-    status = run.run(["/bin/sh", "-c", command], layers=layers, upper=upper, env=settings, network=True, log=log)
+    status = run.run(
+        ["/bin/sh", "-c", command], layers=layers, upper=upper, env=settings, network=True, log=log
+    )
     if status != 0:
         raise ImageError(
-            f"the build step `{command}` ended with status {status}", cause=log_tail(log), hint="correct it in the spec"
+            f"the build step `{command}` ended with status {status}",
+            cause=log_tail(log),
+            hint="correct it in the spec",
         )
     clear_leftovers(upper)
     drop_mount_points(upper)
@@ -205,7 +208,13 @@ def _prepare_root(root: Path) -> None:
     for name in ("bin", "sbin", "lib", "lib64"):
         (root / "usr" / name).mkdir(parents=True)
         (root / name).symlink_to(f"usr/{name}")
-    for name in ("var/lib/dpkg/info", "var/lib/dpkg/updates", "var/lib/dpkg/triggers", "mnt", *_EMPTY_DIRECTORIES):
+    for name in (
+        "var/lib/dpkg/info",
+        "var/lib/dpkg/updates",
+        "var/lib/dpkg/triggers",
+        "mnt",
+        *_EMPTY_DIRECTORIES,
+    ):
         (root / name).mkdir(parents=True)
     (root / "var/lib/dpkg/status").touch()
     (root / "var/lib/dpkg/available").touch()
@@ -222,7 +231,7 @@ def _unpack(debs: Iterable[Deb], root: Path) -> None:
 
 
 def merged_usr(path: str) -> str:
-    """Return where a path of a package lies when /bin, /lib and their like are links into /usr; "" for these links."""
+    """Return where a package's path lies when /bin, /lib and others are links into /usr; "" for these."""
     first, below, _ = path.partition("/")
     if first not in _MERGED:
         return path
@@ -230,8 +239,10 @@ def merged_usr(path: str) -> str:
 
 
 def newest_mtime(root: Path, *, before: float) -> int:
-    """Return the newest time of a file below `root` that is older than `before`, both in seconds since the epoch."""
-    times = (os.lstat(os.path.join(directory, name)).st_mtime for directory, _, names in os.walk(root) for name in names)  # noqa: PTH118
+    """Return the newest time of a file below `root` that is older than `before` (epoch seconds)."""
+    times = (
+        os.lstat(f"{directory}/{name}").st_mtime for directory, _, names in os.walk(root) for name in names
+    )
     return max((int(each) for each in times if each < before), default=0)
 
 
@@ -265,7 +276,9 @@ def _install(
         "PERL_HASH_SEED": "0",
         "PYTHONHASHSEED": "0",
     }
-    status = run.run(["/bin/sh", "-c", script], layers=layers, upper=upper, env=env, mounts=[(shelf, _DEBS)], log=log)
+    status = run.run(
+        ["/bin/sh", "-c", script], layers=layers, upper=upper, env=env, mounts=[(shelf, _DEBS)], log=log
+    )
     if status != 0:
         raise ImageError(
             f"installing {len(debs)} Debian packages failed with status {status}",
@@ -315,7 +328,7 @@ def drop_mount_points(upper: Path) -> None:
 
 
 def clear_leftovers(root: Path) -> None:
-    """Remove what the work itself left behind: locks, logs, caches, backups, and the contents of mount points."""
+    """Remove what the work left behind: locks, logs, caches, backups, the contents of mount points."""
     for pattern in _LEFTOVERS:
         for path in root.glob(pattern):
             if not _is_whiteout(path):
@@ -340,7 +353,7 @@ def normalise(root: Path, pyc: Path, *, epoch: int, started: float) -> None:
     move_bytecode(root, pyc)
     for directory, names, files in os.walk(root, topdown=False):
         for name in (*names, *files):
-            _normalise_file(os.path.join(directory, name), epoch, started)  # noqa: PTH118 - hot loop
+            _normalise_file(f"{directory}/{name}", epoch, started)
     _normalise_file(os.fspath(root), epoch, started)
 
 
@@ -361,7 +374,10 @@ def _check_overlay_xattr(path: str, name: str) -> None:
     if space not in {"trusted", "user"} or note in {"", "opaque"}:
         return
     if note in {"redirect", "metacopy"}:
-        raise ImageError(f"`{path}` refers to a lower layer ({name})", cause="the overlay was mounted with redirect_dir or metacopy")
+        raise ImageError(
+            f"`{path}` refers to a lower layer ({name})",
+            cause="the overlay was mounted with redirect_dir or metacopy",
+        )
     os.removexattr(path, name, follow_symlinks=False)
 
 

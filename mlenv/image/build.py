@@ -1,8 +1,8 @@
 """Images: from a lock to a stack of trees with an OCI manifest.
 
-An image is nothing more than a list: the base, Debian packages over it, an interpreter, an empty environment, a tree
-per wheel, a tree per build step. Trees that another image has made are used as they are; what is missing is fetched and
-unpacked while the rest is still on its way.
+An image is nothing more than a list: the base, Debian packages over it, an interpreter, an empty environment,
+a tree per wheel, a tree per build step. Trees that another image has made are used as they are; what is
+missing is fetched and unpacked while the rest is still on its way.
 
 Source: OCI image-spec, config.md, manifest.md, annotations.md.
 """
@@ -10,9 +10,7 @@ Source: OCI image-spec, config.md, manifest.md, annotations.md.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlenv.errors import ImageError
@@ -20,6 +18,9 @@ from mlenv.image.digest import encoded
 from mlenv.image.store import explain_os_errors
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
     from mlenv.image.fetch import Sources
     from mlenv.image.runner import Runner
     from mlenv.image.store import Store
@@ -34,8 +35,8 @@ LAYERS_MAX = 480
 class Image:
     """A built image.
 
-    `layers` are host directories, bottom first, bytecode included; `config` is the OCI image configuration; `size` is the
-    sum of the files in bytes; `trees` are the keys of what it is made of, without bytecode.
+    `layers` are host directories, bottom first, bytecode included; `config` is the OCI image configuration;
+    `size` is the sum of the files in bytes; `trees` are the keys of what it is made of, without bytecode.
     """
 
     name: str
@@ -64,14 +65,15 @@ def ensure_image(
         built = find_built(store, lock)
         if built is not None:
             return built
-        from mlenv.image import assembly  # noqa: PLC0415 - none of it is needed when nothing changed
+        from mlenv.image import assembly
 
+        recipe = assembly.recipe(lock)
         store.prepare()
         with store.reading():
-            stack = assembly.make_trees(lock, store=store, sources=sources, run=run, progress=progress)
+            parts = assembly.make_trees(recipe, store=store, sources=sources, run=run, progress=progress)
             if bytecode:
-                assembly.compile_bytecode(lock, stack, store=store, run=run, progress=progress)
-            digest = assembly.record_image(lock, stack, store=store, progress=progress)
+                assembly.compile_bytecode(recipe.python, parts, store=store, run=run, progress=progress)
+            digest = assembly.record_image(recipe, parts, store=store, progress=progress)
         return load_image(store, digest, name=lock.name)
 
 
@@ -92,9 +94,11 @@ def load_image(store: Store, digest: str, *, name: str) -> Image:
 
     Raises: ImageError where there is none.
     """
-    record = store.read_json(image_record(store, digest))
+    record = store.read_json(store.image_record(digest))
     if record is None:
-        raise ImageError(f"the store has no record of the image {digest}", hint=f"build it again: mlenv build {name}")
+        raise ImageError(
+            f"the store has no record of the image {digest}", hint=f"build it again: mlenv build {name}"
+        )
     trees = tuple(key for layer in record["layers"] for key in layer["trees"])
     return Image(
         name=name,
@@ -104,11 +108,6 @@ def load_image(store: Store, digest: str, *, name: str) -> Image:
         config=record["config"],
         size=record["size"],
     )
-
-
-def image_record(store: Store, digest: str) -> Path:
-    """Return where the record of an image lies."""
-    return store.root / "images" / f"{encoded(digest)}.json"
 
 
 def _mounted(store: Store, trees: Sequence[str], tag: str | None) -> tuple[Path, ...]:

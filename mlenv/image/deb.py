@@ -99,7 +99,7 @@ def _member(path: Path, prefix: str) -> Iterator[BinaryIO]:
             case ".gz":
                 yield gzip.GzipFile(fileobj=io.BufferedReader(window))  # type: ignore[misc]
             case ".xz" | ".lzma":
-                yield lzma.LZMAFile(io.BufferedReader(window))  # type: ignore[misc]
+                yield lzma.LZMAFile(io.BufferedReader(window))  # type: ignore[misc]  # noqa: SIM115
             case ".bz2":
                 yield bz2.BZ2File(io.BufferedReader(window))  # type: ignore[misc]
             case ".zst":

@@ -32,7 +32,9 @@ def encoded(digest: str) -> str:
     """
     match = _DIGEST.match(digest)
     if match is None:
-        raise ImageError(f"`{digest}` is not a digest", hint="a digest is `sha256:` and 64 hexadecimal digits")
+        raise ImageError(
+            f"`{digest}` is not a digest", hint="a digest is `sha256:` and 64 hexadecimal digits"
+        )
     return match[1]
 
 

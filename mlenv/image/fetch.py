@@ -1,7 +1,8 @@
 """Downloads: in parallel, resumed where they broke off, and believed only when their sha256 is right.
 
-What is on its way is `SHA256.part` in the cache, held by a flock while a process writes it; a finished download keeps
-the bare sha256 as its name until it has been unpacked. Local files are checked and used where they are.
+What is on its way is `SHA256.part` in the cache, held by a flock while a process writes it; a finished
+download keeps the bare sha256 as its name until it has been unpacked. Local files are checked and used where
+they are.
 
 Source: RFC 9110, 14 (range requests), 10.2.3 (Retry-After).
 """
@@ -20,8 +21,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Protocol
-from urllib.request import getproxies_environment, proxy_bypass_environment, url2pathname
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from urllib.request import getproxies, proxy_bypass, url2pathname
 
 from mlenv.errors import ImageError
 from mlenv.image.digest import sha256_of_file
@@ -70,7 +71,7 @@ class Sources(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Download:
-    """One file to fetch: `sha256` in hex, `size` in bytes (None where it is not known); `proxy` instead of the usual."""
+    """One file to fetch: `sha256` in hex, `size` in bytes where it is known; `proxy` "" means none."""
 
     url: str
     sha256: str
@@ -84,7 +85,8 @@ def fetch_all(
 ) -> Iterator[tuple[Download, Path]]:
     """Fetch files in parallel and yield each as soon as it is there, checked; `progress` counts bytes.
 
-    A generator that is closed early, or `stopped`, ends the downloads under way; what they have got stays for the next time.
+    A generator that is closed early, or `stopped`, ends the downloads under way; what they have got stays for
+    the next time.
 
     Raises: DownloadError.
     """
@@ -133,7 +135,9 @@ class _Session:
         if parts.scheme == "file":
             return self._local(download, Path(url2pathname(parts.path)))
         if parts.scheme not in {"http", "https"}:
-            raise DownloadError(f"`{download.name}` cannot be fetched", cause=f"unknown scheme in `{_shown(download.url)}`")
+            raise DownloadError(
+                f"`{download.name}` cannot be fetched", cause=f"unknown scheme in `{_shown(download.url)}`"
+            )
         return self._remote(download)
 
     def _local(self, download: Download, path: Path) -> Path:
@@ -163,17 +167,20 @@ class _Session:
 
         Raises: DownloadError.
         """
-        import urllib3  # noqa: PLC0415 - 60 ms that an unchanged build does not need
+        import urllib3
 
         failures = 0
         while True:
             had = part.size
             try:
                 self._attempt(download, part)
-                self._check(download, part)
-                return
+                return self._check(download, part)
             except (urllib3.exceptions.HTTPError, _TransientError, OSError) as error:
-                if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+                if (
+                    isinstance(error, OSError)
+                    and error.errno is not None
+                    and not isinstance(error, ConnectionError)
+                ):
                     raise
                 failures = 1 if part.size > had else failures + 1
                 if failures >= ATTEMPTS:
@@ -206,7 +213,9 @@ class _Session:
                 raise _TransientError("the server has another file than before")
             return
         if status in _TRANSIENT:
-            raise _TransientError(f"the server answered {status} {response.reason}", _seconds(response.headers))
+            raise _TransientError(
+                f"the server answered {status} {response.reason}", _seconds(response.headers)
+            )
         if status not in {_OK, _PARTIAL}:
             raise DownloadError(
                 f"`{download.name}` cannot be fetched",
@@ -327,7 +336,7 @@ def _unreachable(download: Download, error: Exception) -> DownloadError:
     return DownloadError(
         f"`{download.name}` could not be fetched in {ATTEMPTS} attempts",
         cause=f"{_shown(download.url)}: {error}",
-        hint="check the network and the proxy settings, then run the command again: it goes on where it stopped",
+        hint="check the network and the proxy settings, then run the command again: it resumes",
     )
 
 
@@ -335,9 +344,9 @@ def _unreachable(download: Download, error: Exception) -> DownloadError:
 
 
 def _new_pool(proxy: str | None) -> urllib3.PoolManager:
-    import urllib3  # noqa: PLC0415
+    import urllib3
 
-    options = {
+    options: dict[str, Any] = {
         "ssl_context": _tls_context(),
         "timeout": urllib3.Timeout(connect=CONNECT_TIMEOUT, read=STALL_TIMEOUT),
         "retries": urllib3.Retry(total=None, connect=0, read=0, status=0, other=0, redirect=8),
@@ -354,8 +363,8 @@ def _new_pool(proxy: str | None) -> urllib3.PoolManager:
 
 
 def _tls_context() -> object:
-    """Return a TLS context that trusts what the host trusts, and the bundle that its pip or curl is told to use."""
-    import ssl  # noqa: PLC0415
+    """Return a TLS context that trusts what the host trusts, and the bundle named to its pip or curl."""
+    import ssl
 
     context = ssl.create_default_context()
     for variable in _CA_VARIABLES:
@@ -371,9 +380,9 @@ def _proxy(download: Download) -> str | None:
     parts = urllib.parse.urlsplit(download.url)
     if download.proxy is not None:
         return download.proxy or None
-    if proxy_bypass_environment(parts.netloc.rpartition("@")[2]):
+    if proxy_bypass(parts.netloc.rpartition("@")[2]):
         return None
-    proxies = getproxies_environment()
+    proxies = getproxies()
     proxy = proxies.get(parts.scheme) or proxies.get("all")
     if proxy and "://" not in proxy:
         return f"http://{proxy}"
@@ -382,7 +391,7 @@ def _proxy(download: Download) -> str | None:
 
 def _authorization(url: str) -> dict[str, str]:
     """Return the header that logs in with the URL's own credentials, else with those of ~/.netrc."""
-    import urllib3  # noqa: PLC0415
+    import urllib3
 
     parts = urllib.parse.urlsplit(url)
     if parts.username is not None:
@@ -396,7 +405,7 @@ def _authorization(url: str) -> dict[str, str]:
 
 
 def _netrc(host: str) -> tuple[str, str] | None:
-    import netrc  # noqa: PLC0415
+    import netrc
 
     path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
     try:
@@ -404,7 +413,9 @@ def _netrc(host: str) -> tuple[str, str] | None:
     except FileNotFoundError:
         return None
     except (netrc.NetrcParseError, OSError) as error:
-        raise DownloadError(f"`{path}` cannot be read", cause=str(error), hint="correct it or unset NETRC") from error
+        raise DownloadError(
+            f"`{path}` cannot be read", cause=str(error), hint="correct it or unset NETRC"
+        ) from error
     return (found[0], found[2] or "") if found else None
 
 
@@ -435,6 +446,8 @@ def apt_proxy(url: str) -> str | None:
 def _apt_options() -> dict[str, str]:
     if not shutil.which("apt-config"):
         return {}
-    found = subprocess.run(["apt-config", "dump", "Acquire"], capture_output=True, text=True, check=True).stdout
+    found = subprocess.run(
+        ["apt-config", "dump", "Acquire"], capture_output=True, text=True, check=True
+    ).stdout
     lines = (line.removesuffix(";").partition(" ") for line in found.splitlines())
     return {key: value.strip('"') for key, _, value in lines}

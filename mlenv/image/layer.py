@@ -1,11 +1,12 @@
 """Layers: a tree as one canonical tar, and a tar as a tree.
 
-The writer gives equal trees equal bytes: entries sorted by their path as bytes, owner 0:0 without names, times in whole
-seconds, ustar headers with PAX records only where ustar cannot say it, the first path of a hard-linked file as its
-file. Overlay's forms of "removed" and "opaque" become `.wh.` entries, and back again.
+The writer gives equal trees equal bytes: entries sorted by their path as bytes, owner 0:0 without names,
+times in whole seconds, ustar headers with PAX records only where ustar cannot say it, the first path of a
+hard-linked file as its file. Overlay's forms of "removed" and "opaque" become `.wh.` entries, and back again.
 
 Source: OCI image-spec, layer.md (whiteouts); POSIX pax(1), ustar and pax formats; Linux
-Documentation/filesystems/overlayfs.rst (whiteouts are character devices 0:0, opaque directories carry an xattr).
+Documentation/filesystems/overlayfs.rst (whiteouts are character devices 0:0, opaque directories carry an
+xattr).
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ import errno
 import hashlib
 import os
 import stat
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlenv.errors import ImageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
 BLOCK = 512
 WHITEOUT = ".wh."
@@ -39,7 +40,7 @@ _REGULAR, _LINK, _SYMLINK, _CHAR, _BLOCK_DEVICE, _DIRECTORY, _FIFO = b"0", b"1",
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """One member of a tar: `path` relative, without a trailing slash; `mtime` in whole seconds; `size` in bytes."""
+    """One member of a tar: `path` without slashes at its ends; `mtime` in seconds; `size` in bytes."""
 
     path: str
     kind: bytes = _REGULAR
@@ -63,7 +64,7 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerFacts:
-    """What reading a tree once tells: the digest and size of its tar, its files and their bytes, and its index."""
+    """What one reading of a tree tells: digest and size of its tar, its files, their bytes, its index."""
 
     diff_id: str
     tar_size: int
@@ -81,7 +82,7 @@ class LayerFacts:
 
 
 class LayerWriter:
-    """Writes a canonical tar to `write` and learns its facts on the way; entries must come sorted by path as bytes."""
+    """Writes a canonical tar and learns its facts; entries must come sorted by path as bytes."""
 
     def __init__(self, write: Callable[[bytes], object] | None = None) -> None:
         self._write = write
@@ -108,7 +109,9 @@ class LayerWriter:
             sha256.update(chunk)
             self._put(chunk)
         if size != entry.size:
-            raise ImageError(f"`{entry.path}` changed while it was read: {size} bytes instead of {entry.size}")
+            raise ImageError(
+                f"`{entry.path}` changed while it was read: {size} bytes instead of {entry.size}"
+            )
         self._put(b"\0" * (-size % BLOCK))
         self._size += size
         self._files += 1
@@ -134,7 +137,7 @@ class LayerWriter:
 
 
 def write_layer(roots: Sequence[Path], write: Callable[[bytes], object] | None = None) -> LayerFacts:
-    """Write the tar of one tree, or of several laid over each other (the last on top), and return its facts."""
+    """Write the tar of one tree, or of several over each other (the last on top); return its facts."""
     members = _merged([tree_entries(root) for root in roots])
     writer = LayerWriter(write)
     for entry, source in members:
@@ -151,7 +154,9 @@ def _merged(trees: Sequence[Iterable[tuple[Entry, str]]]) -> list[tuple[Entry, s
         for entry, source in tree:
             below = merged.get(entry.path)
             if below is not None and below[0].is_directory and not entry.is_directory:
-                merged = {path: each for path, each in merged.items() if not path.startswith(entry.path + "/")}
+                merged = {
+                    path: each for path, each in merged.items() if not path.startswith(entry.path + "/")
+                }
             merged[entry.path] = (entry, source)
     return sorted(merged.values(), key=lambda member: os.fsencode(member[0].path))
 
@@ -198,7 +203,9 @@ def _walk(directory: str, prefix: str, found: list[tuple[str, str, os.stat_resul
 def _entry(path: str, source: str, status: os.stat_result, first: dict[tuple[int, int], str]) -> Entry | None:
     parent, _, name = path.rpartition("/")
     if name.startswith(WHITEOUT):
-        raise ImageError(f"`{path}` cannot be in an image", cause=f"names that begin with `{WHITEOUT}` mean a removal")
+        raise ImageError(
+            f"`{path}` cannot be in an image", cause=f"names that begin with `{WHITEOUT}` mean a removal"
+        )
     mode, mtime = stat.S_IMODE(status.st_mode), int(status.st_mtime)
     if stat.S_ISCHR(status.st_mode) and status.st_rdev == 0:
         return Entry(path=f"{parent}/{WHITEOUT}{name}" if parent else WHITEOUT + name)
@@ -209,14 +216,16 @@ def _entry(path: str, source: str, status: os.stat_result, first: dict[tuple[int
     kind = _KINDS.get(stat.S_IFMT(status.st_mode))
     if kind is None:  # a socket: nothing that was stored can listen on it
         return None
-    device = (os.major(status.st_rdev), os.minor(status.st_rdev)) if kind in {_CHAR, _BLOCK_DEVICE} else (0, 0)
+    device = (
+        (os.major(status.st_rdev), os.minor(status.st_rdev)) if kind in {_CHAR, _BLOCK_DEVICE} else (0, 0)
+    )
     return Entry(
         path=path,
         kind=kind,
         mode=0o777 if kind == _SYMLINK else mode,
         size=status.st_size if kind == _REGULAR else 0,
         mtime=mtime,
-        link=os.readlink(source) if kind == _SYMLINK else "",
+        link=os.readlink(source) if kind == _SYMLINK else "",  # noqa: PTH115 - hot loop
         device=device,
         xattrs=_xattrs(source),
     )
@@ -245,7 +254,8 @@ def _xattrs(source: str) -> dict[str, bytes]:
 def _root_capability(value: bytes) -> bytes:
     """Return a file capability as root of the machine would have set it.
 
-    A capability set inside a user namespace is stored as revision 3, with the namespace's root uid at its end.
+    A capability set inside a user namespace is stored as revision 3, with the namespace's root uid at its
+    end.
     Source: capabilities(7), File capability extended attribute versioning.
     """
     revision_3, length_3 = 0x03000000, 24
@@ -303,7 +313,7 @@ def _pax_header(records: Mapping[str, bytes]) -> bytes:
 
 
 def _pax_record(key: bytes, value: bytes) -> bytes:
-    """Return "LENGTH KEY=VALUE\\n" whose length counts itself."""
+    """Return "LENGTH KEY=VALUE" and a newline; the length counts itself."""
     rest = len(key) + len(value) + 3
     length = rest + len(str(rest))
     length = rest + len(str(length))
@@ -311,18 +321,20 @@ def _pax_record(key: bytes, value: bytes) -> bytes:
 
 
 def _ustar(prefix: bytes, name: bytes, entry: Entry, size: int, link: bytes) -> bytes:
-    block = b"".join((
-        name.ljust(100, b"\0"),
-        b"%07o\0%07o\0%07o\0%011o\0%011o\0" % (entry.mode & 0o7777, 0, 0, size, max(entry.mtime, 0)),
-        b"        ",
-        entry.kind,
-        link.ljust(100, b"\0"),
-        b"ustar\x0000",
-        b"\0" * 64,
-        b"%07o\0%07o\0" % entry.device,
-        prefix.ljust(155, b"\0"),
-        b"\0" * 12,
-    ))
+    block = b"".join(
+        (
+            name.ljust(100, b"\0"),
+            b"%07o\0%07o\0%07o\0%011o\0%011o\0" % (entry.mode & 0o7777, 0, 0, size, max(entry.mtime, 0)),
+            b"        ",
+            entry.kind,
+            link.ljust(100, b"\0"),
+            b"ustar\x0000",
+            b"\0" * 64,
+            b"%07o\0%07o\0" % entry.device,
+            prefix.ljust(155, b"\0"),
+            b"\0" * 12,
+        )
+    )
     return block[:148] + b"%06o\0 " % sum(block) + block[156:]
 
 
@@ -330,7 +342,7 @@ def _ustar(prefix: bytes, name: bytes, entry: Entry, size: int, link: bytes) -> 
 
 
 def read_entries(read: Callable[[int], bytes]) -> Iterator[tuple[Entry, Iterator[bytes]]]:
-    """Read a tar (ustar, pax or GNU) from front to back: each entry with its content, to be used before the next one.
+    """Read a tar (ustar, pax, GNU): each entry with its content, which is gone when the next is read.
 
     Raises: ImageError where it is damaged or ends early.
     """
@@ -422,8 +434,12 @@ def _parse(block: bytes, overrides: Mapping[str, bytes]) -> tuple[Entry, int]:
         size=size if kind == _REGULAR else 0,
         mtime=int(float(overrides["mtime"])) if "mtime" in overrides else _number(block[136:148]),
         link=os.fsdecode(link),
-        device=(_number(block[329:337]), _number(block[337:345])) if kind in {_CHAR, _BLOCK_DEVICE} else (0, 0),
-        xattrs={key[len(_PAX_XATTR) :]: value for key, value in overrides.items() if key.startswith(_PAX_XATTR)},
+        device=(_number(block[329:337]), _number(block[337:345]))
+        if kind in {_CHAR, _BLOCK_DEVICE}
+        else (0, 0),
+        xattrs={
+            key[len(_PAX_XATTR) :]: value for key, value in overrides.items() if key.startswith(_PAX_XATTR)
+        },
     )
     return entry, 0 if kind in {_LINK, _SYMLINK, _CHAR, _BLOCK_DEVICE, _DIRECTORY, _FIFO} else size
 
@@ -456,11 +472,13 @@ def _pax_records(body: bytes) -> dict[str, bytes]:
     return records
 
 
-def unpack_layer(read: Callable[[int], bytes], root: Path, *, rename: Callable[[str], str] | None = None) -> None:
+def unpack_layer(
+    read: Callable[[int], bytes], root: Path, *, rename: Callable[[str], str] | None = None
+) -> None:
     """Unpack a tar below `root` in overlay's form; nothing outside it is ever touched.
 
-    Owners are dropped (everything belongs to the caller), devices are skipped where the caller may not make them,
-    and entries may come in any order. `rename` maps each path before it is used.
+    Owners are dropped (everything belongs to the caller), devices are skipped where the caller may not make
+    them, and entries may come in any order. `rename` maps each path before it is used.
 
     Raises: ImageError on `..`, absolute paths, and entries below something that is no directory.
     """
@@ -504,7 +522,7 @@ class _Unpacker:
             os.close(self._open.popitem()[1])
 
     def _parent(self, path: str) -> tuple[int, str]:
-        """Return a descriptor of the directory a path lies in, made where it is missing, and its last part."""
+        """Return a descriptor of the directory of a path, made where it is missing, and its last part."""
         directory, _, name = path.rpartition("/")
         return self._directory(directory), name
 
@@ -515,14 +533,12 @@ class _Unpacker:
             return self._open[path]
         above, _, name = path.rpartition("/")
         above_fd = self._directory(above)
-        try:
+        with suppress(FileExistsError):
             os.mkdir(name, 0o755, dir_fd=above_fd)
-        except FileExistsError:
-            pass
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             self._open[path] = os.open(name, flags, dir_fd=above_fd)
-        except (NotADirectoryError, OSError) as error:
+        except OSError as error:
             if error.errno not in {errno.ELOOP, errno.ENOTDIR}:
                 raise
             raise ImageError(
@@ -568,7 +584,8 @@ class _Unpacker:
         except FileNotFoundError:
             os.mknod(name, stat.S_IFCHR, 0, dir_fd=parent)
             return
-        # The same layer may bring a new entry of this name: it hides the old one, a directory also all below it.
+        # The same layer may bring a new entry of this name: it hides the old one, a directory also all below
+        # it.
         if stat.S_ISDIR(status.st_mode):
             _set_opaque_at(parent, name)
 
@@ -581,7 +598,7 @@ class _Unpacker:
         self._directories[path] = entry
 
     def finish(self) -> None:
-        """Set the directories' modes and times, deepest first, when nothing will be written below them any more."""
+        """Set the directories' modes and times, deepest first, when nothing more comes below them."""
         for path in sorted(self._directories, reverse=True):
             entry = self._directories[path]
             descriptor = self._directory(path)
@@ -659,7 +676,8 @@ def _put_node(parent: int, name: str, entry: Entry) -> None:
 
 def _set_xattrs(descriptor: int, entry: Entry) -> None:
     for name, value in entry.xattrs.items():
-        # Without root a capability cannot be set, and without other ids in the container it would give nothing.
+        # Without root a capability cannot be set, and without other ids in the container it would give
+        # nothing.
         if name == "security.capability" and os.geteuid() != 0:
             continue
         if name.startswith(_KEPT_XATTRS) and not name.startswith("user.overlay."):
@@ -667,6 +685,7 @@ def _set_xattrs(descriptor: int, entry: Entry) -> None:
 
 
 def write_all(descriptor: int, data: bytes) -> None:
+    """Write all of `data`; write(2) may take less at once."""
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]

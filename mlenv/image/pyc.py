@@ -1,7 +1,8 @@
 """Bytecode: companion trees with nothing but `__pycache__`, so that imports are fast and digests stay equal.
 
-Bytecode differs from run to run for a few modules, so it is never part of a layer. It is compiled in the container by
-its own interpreter, with the paths of the container, once per tree, and mounted right above its tree.
+Bytecode differs from run to run for a few modules, so it is never part of a layer. It is compiled in the
+container by its own interpreter, with the paths of the container, once per tree, and mounted right above its
+tree.
 
 Source: PEP 552 (unchecked hash-based pycs), PEP 3147.
 """
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
 
 _OUT = "/mnt"
 
-# Runs in the container, so it is self-contained and understands Python 3.6. Reads lines "NUMBER PATH" and compiles each
-# file to OUT/NUMBER/…; every second, third, … line goes to another process. What does not compile is left out: packages
-# ship templates and files of other Pythons.
+# Runs in the container, so it is self-contained and understands Python 3.6. Reads lines "NUMBER PATH" and
+# compiles each file to OUT/NUMBER/…; every second, third, … line goes to another process. What does not
+# compile is left out: packages ship templates and files of other Pythons.
 _PROGRAM = """\
 import importlib.util, os, py_compile, sys
 out, workers = sys.argv[1], int(sys.argv[2])

@@ -33,7 +33,12 @@ def python_key(python: PythonLock) -> str:
 
 def skeleton_key(python: PythonLock) -> str:
     """Return the key of the empty environment over an interpreter."""
-    parts = {"skeleton": VERSION, "version": python.version, "interpreter": python.interpreter, "prefix": PREFIX}
+    parts = {
+        "skeleton": VERSION,
+        "version": python.version,
+        "interpreter": python.interpreter,
+        "prefix": PREFIX,
+    }
     return digest_of(canonical_json(parts))
 
 
@@ -52,7 +57,7 @@ def _place(path: str) -> str:
 
 
 def build_skeleton(python: PythonLock, root: Path) -> None:
-    """Make an environment without packages at `/opt/env` below `root`, as `python -m venv --without-pip` would."""
+    """Make an environment without packages at `/opt/env` below `root`, like `venv --without-pip`."""
     minor = ".".join(python.version.split(".")[:2])
     prefix = root / PREFIX[1:]
     for name in ("bin", "include", f"lib/python{minor}/site-packages"):
@@ -67,4 +72,4 @@ def build_skeleton(python: PythonLock, root: Path) -> None:
         (prefix / "bin" / name).symlink_to(f"python{minor}")
     for directory, names, files in os.walk(root, topdown=False):
         for name in (*names, *files, "."):
-            os.utime(os.path.join(directory, name), (MTIME_ORIGIN, MTIME_ORIGIN), follow_symlinks=False)  # noqa: PTH118
+            os.utime(f"{directory}/{name}", (MTIME_ORIGIN, MTIME_ORIGIN), follow_symlinks=False)

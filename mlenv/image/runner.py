@@ -26,6 +26,6 @@ class Runner(Protocol):
     ) -> int:
         """Return the command's exit status; its output goes to `log`.
 
-        With no `layers`, `upper` itself is the root. `mounts` are host directories shown at container paths. Changes of
-        ownership succeed and do nothing.
+        With no `layers`, `upper` itself is the root. `mounts` are host directories shown at container paths.
+        Changes of ownership succeed and do nothing.
         """

@@ -9,9 +9,10 @@
       images/HEX.json  locks/HEX.json    an image's trees; the image of a lock
       tmp/  trash/  flocks/  lock        work under way; work thrown away; locks
 
-Everything is made in `tmp/` and renamed into place, so what has a name is whole. A workspace is held by a flock that
-dies with its process; the next one to open the store sweeps what was left. A tree is marked `unsynced` with the boot
-it was made in until the file system has been flushed, so a power cut cannot leave a tree that looks whole.
+Everything is made in `tmp/` and renamed into place, so what has a name is whole. A workspace is held by a
+flock that dies with its process; the next one to open the store sweeps what was left. A tree is marked
+`unsynced` with the boot it was made in until the file system has been flushed, so a power cut cannot leave a
+tree that looks whole.
 
 Source: OCI image-spec, image-layout.md.
 """
@@ -48,7 +49,7 @@ _counter = itertools.count()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tree:
-    """An unpacked tree: `key` names it ("sha256:…"), `fs` is its root, `diff_id` the digest of its canonical tar.
+    """An unpacked tree: `key` names it, `fs` is its root, `diff_id` the digest of its canonical tar.
 
     `tar_size` and `size` in bytes: of that tar, and of the files' contents.
     """
@@ -198,7 +199,9 @@ class Store:
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise StoreError(f"`{path}` is damaged", cause=str(error), hint=f"remove it: rm {path}") from error
+            raise StoreError(
+                f"`{path}` is damaged", cause=str(error), hint=f"remove it: rm {path}"
+            ) from error
 
     # --- trees
 
@@ -232,7 +235,7 @@ class Store:
             return False
 
     def add_tree(self, key: str, work: Path, meta: Mapping[str, Any], index: bytes) -> Tree:
-        """Give the finished `work/fs` its name in the store; `index` lists its files (see `mlenv.image.layer`).
+        """Give the finished `work/fs` its name; `index` lists its files (see `mlenv.image.layer`).
 
         What another process has put there first wins; a torn tree is replaced.
         """
@@ -247,7 +250,9 @@ class Store:
                 work.rename(directory)
         found = self.tree(key)
         if found is None:
-            raise StoreError(f"the tree {key} vanished while it was being stored", hint="run the command again")
+            raise StoreError(
+                f"the tree {key} vanished while it was being stored", hint="run the command again"
+            )
         return found
 
     def tree_index(self, key: str) -> list[tuple[str, str]]:
@@ -267,6 +272,10 @@ class Store:
             path.unlink(missing_ok=True)
 
     # --- images
+
+    def image_record(self, digest: str) -> Path:
+        """Return where the record of an image lies."""
+        return self.root / "images" / f"{encoded(digest)}.json"
 
     def index(self) -> dict[str, dict[str, Any]]:
         """Return the descriptors of the images by name."""
@@ -334,7 +343,7 @@ def explain_os_errors(message: str) -> Iterator[None]:
 def _remedy(error: OSError) -> str:
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
-            return "free some disk space, or set MLENV_HOME to a directory on a larger disk; then run the command again"
+            return "free some disk space, or set MLENV_HOME to a directory on a larger disk; then try again"
         case errno.EROFS | errno.EACCES | errno.EPERM:
             return "set MLENV_HOME to a directory you can write to"
         case _:

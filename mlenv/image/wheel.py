@@ -1,10 +1,11 @@
 """Wheels: one wheel unpacked as one tree, ready to be a layer.
 
-The tree is what an installer would put below `/opt/env`, with nothing of this machine in it: paths, modes and times
-come from the wheel alone, scripts start with the environment's interpreter, and there is no bytecode. Every file is
-checked against RECORD while it is written.
+The tree is what an installer would put below `/opt/env`, with nothing of this machine in it: paths, modes and
+times come from the wheel alone, scripts start with the environment's interpreter, and there is no bytecode.
+Every file is checked against RECORD while it is written.
 
-Source: PyPA specifications, Binary distribution format, Recording installed projects, Entry points; PKWARE APPNOTE.
+Source: PyPA specifications, Binary distribution format, Recording installed projects, Entry points; PKWARE
+APPNOTE.
 """
 
 from __future__ import annotations
@@ -50,6 +51,14 @@ _FILES_MAX = 1_000_000
 _RATIO_MAX = 200
 _SLACK = 64 << 20
 _STORED, _DEFLATED = 0, 8
+_DAMAGE: tuple[type[Exception], ...] = (
+    zipfile.BadZipFile,
+    isal_zlib.error,  # type: ignore[assignment] # a class, whatever its stub says
+    KeyError,
+    UnicodeDecodeError,
+    csv.Error,
+    configparser.Error,
+)
 _ENCRYPTED = 0x1
 
 _SCRIPT = """\
@@ -70,7 +79,7 @@ class BadWheelError(ImageError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Member:
-    """A file of the tree: from the wheel (`info`, perhaps with a new first line), or made here (`content`)."""
+    """A file of the tree: from the wheel (`info`), or made here (`content`)."""
 
     path: str
     mode: int
@@ -84,7 +93,9 @@ def tree_key(sha256: str, python: str) -> str:
 
     `sha256` in hex; `python` as "3.11".
     """
-    return digest_of(canonical_json({"wheel": sha256, "unpacker": UNPACKER, "python": python, "prefix": PREFIX}))
+    return digest_of(
+        canonical_json({"wheel": sha256, "unpacker": UNPACKER, "python": python, "prefix": PREFIX})
+    )
 
 
 def unpack_wheel(wheel: Path, root: Path, *, python: str) -> LayerFacts:
@@ -93,16 +104,21 @@ def unpack_wheel(wheel: Path, root: Path, *, python: str) -> LayerFacts:
     Raises: BadWheelError.
     """
     try:
-        with wheel.open("rb") as file, zipfile.ZipFile(file) as archive:
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _unpack(archive, data, wheel, root, python)
-    except (zipfile.BadZipFile, isal_zlib.IsalError, KeyError, UnicodeDecodeError, csv.Error, configparser.Error) as error:
+        with (
+            wheel.open("rb") as file,
+            zipfile.ZipFile(file) as archive,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
+            return _unpack(archive, data, wheel, root, python)
+    except _DAMAGE as error:
         raise _bad(wheel, f"{type(error).__name__}: {error}") from error
 
 
 def _bad(wheel: Path, cause: str) -> BadWheelError:
     return BadWheelError(
-        f"`{wheel.name}` is no whole wheel", cause=cause, hint="choose another version of the package in the spec"
+        f"`{wheel.name}` is no whole wheel",
+        cause=cause,
+        hint="choose another version of the package in the spec",
     )
 
 
@@ -184,12 +200,14 @@ class _Layout:
             "data": PREFIX[1:],
         }
         if scheme not in roots or not rest:
-            raise BadWheelError(f"`{name}` belongs to no installation scheme", hint="choose another version of the package")
+            raise BadWheelError(
+                f"`{name}` belongs to no installation scheme", hint="choose another version of the package"
+            )
         return f"{roots[scheme]}/{rest}", scheme
 
 
 def _read_record(text: str) -> dict[str, tuple[str, str] | None]:
-    """Return RECORD's hashes by name: (algorithm, urlsafe base64 without padding), or None where it has none."""
+    """Return RECORD's hashes by name: (algorithm, urlsafe base64), or None where it has none."""
     record: dict[str, tuple[str, str] | None] = {}
     for row in csv.reader(text.splitlines()):
         if row:
@@ -204,7 +222,11 @@ def _members(
     layout: _Layout,
     record: Mapping[str, tuple[str, str] | None],
 ) -> Iterator[_Member]:
-    unhashed = {f"{layout.dist_info}/RECORD", f"{layout.dist_info}/RECORD.jws", f"{layout.dist_info}/RECORD.p7s"}
+    unhashed = {
+        f"{layout.dist_info}/RECORD",
+        f"{layout.dist_info}/RECORD.jws",
+        f"{layout.dist_info}/RECORD.p7s",
+    }
     for info in infos:
         if info.filename in unhashed or info.filename == f"{layout.dist_info}/INSTALLER":
             continue
@@ -224,17 +246,19 @@ def _members(
 
 
 def _new_record(members: Iterable[_Member], layout: _Layout) -> _Member:
-    """Return RECORD as an installer writes it: paths relative to site-packages, sorted, hashes as the wheel gave them."""
+    """Return RECORD as installers write it: relative to site-packages, sorted, the wheel's hashes."""
     path = f"{layout.site_packages}/{layout.dist_info}/RECORD"
     rows = [(_relative(path, layout.site_packages), "", "")]
     for member in members:
         algorithm, value = member.hash or ("", "")
         size = len(member.content) if member.info is None else member.info.file_size
-        rows.append((
-            _relative(member.path, layout.site_packages),
-            f"{algorithm}={value}" if value else "",
-            str(size) if value else "",
-        ))
+        rows.append(
+            (
+                _relative(member.path, layout.site_packages),
+                f"{algorithm}={value}" if value else "",
+                str(size) if value else "",
+            )
+        )
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(sorted(rows))
     return _made(path, text.getvalue().encode(), mode=0o644)
@@ -274,7 +298,8 @@ def _entry_point(name: str, value: str) -> _Member:
     match = re.match(r"\s*([\w.]+)\s*:\s*([\w.]+)\s*(\[.*\])?\s*\Z", value)
     if match is None or "/" in name or name in {"", ".", ".."} or not name.isprintable():
         raise BadWheelError(
-            f"the entry point `{name} = {value}` names no function", hint="choose another version of the package"
+            f"the entry point `{name} = {value}` names no function",
+            hint="choose another version of the package",
         )
     module, function = match[1], match[2]
     script = _SCRIPT.format(
@@ -297,7 +322,9 @@ class _Checker:
         self._name = name
         self._algorithm, self._value = expected
         if self._algorithm not in {"sha256", "sha384", "sha512"}:
-            raise BadWheelError(f"RECORD vouches for `{name}` with {self._algorithm}", cause="wheels need sha256 or better")
+            raise BadWheelError(
+                f"RECORD vouches for `{name}` with {self._algorithm}", cause="wheels need sha256 or better"
+            )
         self._other = None if self._algorithm == "sha256" else hashlib.new(self._algorithm)
 
     def update(self, chunk: bytes) -> None:
@@ -342,7 +369,9 @@ class _TreeWriter:
         size = len(member.content) if member.info is None else member.info.file_size
         mtime = MTIME_ORIGIN + crc % (1 << 24)
         checker = None if member.hash is None else _Checker(member.path, member.hash)
-        descriptor = os.open(f"{self._root}/{member.path}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(
+            f"{self._root}/{member.path}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600
+        )
         try:
             content = self._written(descriptor, self._content(member), checker)
             entry = Entry(path=member.path, mode=member.mode, size=size, mtime=mtime)
@@ -398,7 +427,10 @@ class _TreeWriter:
         local = self._data[info.header_offset : info.header_offset + 30]
         if local[:4] != b"PK\3\4":
             raise _bad(self._wheel, f"`{info.filename}` has no local header")
-        name_length, extra_length = int.from_bytes(local[26:28], "little"), int.from_bytes(local[28:30], "little")
+        name_length, extra_length = (
+            int.from_bytes(local[26:28], "little"),
+            int.from_bytes(local[28:30], "little"),
+        )
         start = info.header_offset + 30 + name_length + extra_length
         if start + info.compress_size > len(self._data):
             raise _bad(self._wheel, f"`{info.filename}` ends behind the end of the file")

@@ -1,7 +1,7 @@
 """Unpacking wheels in processes of their own: Python's lock would let threads wait for each other.
 
-A worker is a fresh interpreter that reads one job per line on stdin and answers one line on stdout, both JSON. It ends when
-its stdin does, so it outlives its parent by one wheel at most.
+A worker is a fresh interpreter that reads one job per line on stdin and answers one line on stdout, both
+JSON. It ends when its stdin does, so it outlives its parent by one wheel at most.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _PACKAGE_ROOT = str(Path(__file__).parents[2])
-_PROGRAM = f"import sys; sys.path.insert(0, {_PACKAGE_ROOT!r}); from mlenv.image.workers import serve; serve()"
+_PROGRAM = (
+    f"import sys; sys.path.insert(0, {_PACKAGE_ROOT!r}); from mlenv.image.workers import serve; serve()"
+)
 
 
 class Workers:
@@ -72,12 +74,13 @@ def _worker() -> Iterator[subprocess.Popen[str]]:
 
 
 def _ask(process: subprocess.Popen[str], job: dict[str, str]) -> dict[str, Any]:
-    assert process.stdin is not None
-    assert process.stdout is not None
+    jobs, answers = process.stdin, process.stdout
+    if jobs is None or answers is None:
+        raise ValueError("a worker is started with pipes")
     try:
-        process.stdin.write(json.dumps(job) + "\n")
-        process.stdin.flush()
-        answer: dict[str, Any] = json.loads(process.stdout.readline())
+        jobs.write(json.dumps(job) + "\n")
+        jobs.flush()
+        answer: dict[str, Any] = json.loads(answers.readline())
     except (BrokenPipeError, ValueError) as error:
         raise ImageError(
             f"unpacking `{Path(job['wheel']).name}` ended early",

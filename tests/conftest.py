@@ -15,12 +15,23 @@ from pathlib import Path
 
 import pytest
 import requires
+from hypothesis import HealthCheck, settings
 
 TESTS = Path(__file__).parent
 REPOSITORY = TESTS.parent
 
 ORDER = ("lint", "unit", "property", "conformance", "host", "faults", "perf")
 """Cheap tests first, so that a fault in the code shows before an environment is built."""
+
+
+settings.register_profile(
+    "mlenv",
+    deadline=None,  # a busy machine is no fault
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize=bool(os.environ.get("CI")),
+    print_blob=True,
+)
+settings.load_profile("mlenv")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -90,9 +90,8 @@ def start(
     return Environment(spec=spec, lock=lock, image=image, container=container, started=started)
 
 
-def build(name: str, *, cwd: Path, mirror: str | None = None, progress: Progress) -> Image:
-    """Build the image of what `name` means and return it; an unchanged one costs reading the spec and the lock."""
-    spec_path = locate(name, cwd=cwd)
+def build(spec_path: Path, *, mirror: str | None = None, progress: Progress) -> Image:
+    """Build the image of a spec and return it; an unchanged one costs reading the spec and the lock."""
     lock = ensure_lock(spec_path, mirror=mirror, progress=progress)
     return ensure_image(lock, directory=spec_path.parent, mirror=mirror, progress=progress)
 

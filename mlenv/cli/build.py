@@ -22,8 +22,9 @@ def command(name: str, *, mirror: str | None, as_json: bool) -> None:
     Example: mlenv build quickstart
     """  # noqa: D301 - click's paragraph mark
     from mlenv import environment
+    from mlenv.spec.sources import locate
 
-    image = environment.build(name, cwd=Path.cwd(), mirror=mirror, progress=render.progress())
+    image = environment.build(locate(name, cwd=Path.cwd()), mirror=mirror, progress=render.progress())
     if as_json:
         render.json_data({"name": image.name, "digest": image.digest})
     else:

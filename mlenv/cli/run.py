@@ -69,10 +69,11 @@ def _image(text: str, mirror: str | None, progress: Progress) -> tuple[Image, Op
     from mlenv.errors import ImageNotFoundError, SpecNotFoundError
     from mlenv.image.images import find_image
     from mlenv.image.store import Store
-    from mlenv.launch.local import Options, spec_options
+    from mlenv.launch.local import Options, file_options
+    from mlenv.spec.sources import locate
 
     try:
-        prepared = environment.prepare(text, cwd=Path.cwd(), mirror=mirror, progress=progress)
+        spec_path = locate(text, cwd=Path.cwd())
     except SpecNotFoundError as no_spec:
         try:
             return find_image(Store(paths.store_dir()), text), Options()
@@ -80,7 +81,7 @@ def _image(text: str, mirror: str | None, progress: Progress) -> tuple[Image, Op
             raise ImageNotFoundError(
                 f"`{text}` is neither an environment nor an image", cause=no_spec.message, hint=no_image.hint
             ) from no_spec
-    return prepared.image, spec_options(prepared.spec)
+    return environment.build(spec_path, mirror=mirror, progress=progress), file_options(spec_path)
 
 
 def _options(defaults: Options, args: tuple[str, ...], asked: dict[str, Any]) -> Options:

@@ -17,6 +17,8 @@ from mlenv import paths
 from mlenv.container import config as oci
 from mlenv.container import lifecycle
 from mlenv.errors import MlenvError, UsageError
+from mlenv.spec.reader import read_document, read_spec
+from mlenv.spec.values import GpuSelection
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,10 +27,13 @@ if TYPE_CHECKING:
     from mlenv.image.build import Image
     from mlenv.lock.model import Lock
     from mlenv.progress import Progress
-    from mlenv.spec.model import GpuSelection, MountSpec, PortSpec, Spec
+    from mlenv.spec.model import MountSpec, PortSpec, Spec
 
 IDLE = ("sleep", "infinity")
 """What an environment's container runs while kernels come and go."""
+
+_RUNTIME_KEYS = frozenset({"env", "ports", "mounts", "gpus", "resources", "network"})
+"""The keys of a spec that shape its container rather than its image."""
 
 
 class LocalRunner:
@@ -162,6 +167,17 @@ def spec_options(spec: Spec, *, publish: Sequence[oci.Port] = ()) -> Options:
         ),
         gpus=spec.gpus,
     )
+
+
+def file_options(spec_path: Path) -> Options:
+    """Return what the spec in a file asks of its container, without its model where it asks for nothing.
+
+    For a spec whose lock matches: it was valid when it was locked.
+    """
+    document = read_document(spec_path)
+    if document.data.keys() & _RUNTIME_KEYS:
+        return spec_options(read_spec(spec_path))
+    return Options(hostname=hostname(document.data.get("name", spec_path.stem)), gpus=GpuSelection())
 
 
 def limited(resources: oci.Resources, **limits: float | None) -> oci.Resources:

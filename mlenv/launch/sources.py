@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from mlenv.lock.model import DebPackage, Lock, Wheel
+    from mlenv.lock.model import DebPackage, Lock, PythonLock, Wheel
 
 
 class HostSources:
@@ -34,6 +34,12 @@ class HostSources:
     def wheel_url(self, wheel: Wheel) -> str:
         """Return where a wheel can be fetched."""
         return self._wheels[wheel.sha256]
+
+    def python_archive(self, python: PythonLock, directory: Path) -> Path:
+        """Fetch a standalone CPython's archive into `directory`."""
+        from mlenv.resolve.python import fetch
+
+        return fetch(python, directory)
 
     def deb_url(self, package: DebPackage) -> str:
         """Return where a Debian package can be fetched."""

@@ -11,6 +11,8 @@ MlenvError
 ├── LockError                      the lock is damaged or does not belong to its spec
 ├── ImageError                     building, storing or exporting an image failed
 │   ├── ImageNotFoundError
+│   ├── DownloadError              a file did not come, or is not the one that was locked
+│   ├── BadWheelError              a wheel is damaged or not what its RECORD says
 │   └── StoreError                 the store cannot be written or is damaged
 ├── ContainerError                 exit 125: the core failed before or around the command
 │   ├── NoSuchContainerError
@@ -132,6 +134,18 @@ class ImageNotFoundError(ImageError):
     """The store has no image of this reference."""
 
     code = "image-not-found"
+
+
+class DownloadError(ImageError):
+    """A file that could not be fetched, or is not the one that was locked."""
+
+    code = "download-failed"
+
+
+class BadWheelError(ImageError):
+    """A wheel that is damaged or not what its RECORD says."""
+
+    code = "bad-wheel"
 
 
 class StoreError(ImageError):

@@ -16,7 +16,7 @@ from mlenv import paths
 from mlenv.errors import ImageError
 from mlenv.image import bootstrap, pyc
 from mlenv.image.digest import canonical_json, digest_of, encoded
-from mlenv.image.fetch import Download, apt_proxy, fetch_all, fetch_one, forget
+from mlenv.image.fetch import Download, apt_proxy, fetch_all, forget
 from mlenv.image.layer import LayerFacts, write_layer
 from mlenv.image.python import STANDALONE, build_python, build_skeleton, python_key, skeleton_key
 from mlenv.image.store import MANIFEST_TYPE, Store, Tree
@@ -187,13 +187,10 @@ class _Maker:
 
     def _python(self, python: PythonLock) -> Callable[[Path], LayerFacts]:
         def build(work: Path) -> LayerFacts:
-            if python.sha256 is None:
-                raise ImageError(f"the lock gives no sha256 of python {python.version}", hint="resolve anew")
-            url = self.sources.python_url(python)
-            download = Download(url=url, sha256=python.sha256, name=f"python {python.version}")
-            archive = fetch_one(download, self.downloads, progress=self.progress)
+            with self.progress.step(f"fetch python {python.version}"):
+                archive = self.sources.python_archive(python, work)
             build_python(archive, work / "fs")
-            forget(archive, self.downloads)
+            archive.unlink()
             return write_layer([work / "fs"])
 
         return build

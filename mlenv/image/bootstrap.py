@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING
 from mlenv.errors import ImageError
 from mlenv.image.deb import Control, data_tar, read_control
 from mlenv.image.digest import canonical_json, digest_of
-from mlenv.image.layer import unpack_layer
 from mlenv.image.store import remove_tree
+from mlenv.image.unpack import unpack_layer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
 from mlenv.errors import ImageError
-from mlenv.image.layer import read_entries
+from mlenv.image.unpack import read_entries
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 from urllib.request import getproxies, proxy_bypass, url2pathname
 
-from mlenv.errors import ImageError
+from mlenv.errors import DownloadError
 from mlenv.image.digest import sha256_of_file
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import urllib3
 
     from mlenv.lock.model import DebPackage, PythonLock, Wheel
-    from mlenv.progress import Progress, Step
+    from mlenv.progress import Step
 
 CONNECTIONS = 8
 ATTEMPTS = 5
@@ -50,12 +50,6 @@ _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 _CA_VARIABLES = ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 
 
-class DownloadError(ImageError):
-    """A file that could not be fetched, or is not the one that was locked."""
-
-    code = "download-failed"
-
-
 class Sources(Protocol):
     """Where this machine finds what a lock names; a lock itself holds no URL."""
 
@@ -65,8 +59,8 @@ class Sources(Protocol):
     def deb_url(self, package: DebPackage) -> str:
         """Return the URL of a Debian package on this machine's mirror."""
 
-    def python_url(self, python: PythonLock) -> str:
-        """Return the URL of a standalone CPython's archive."""
+    def python_archive(self, python: PythonLock, directory: Path) -> Path:
+        """Fetch a standalone CPython's archive into `directory`, checked, and return its path."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,12 +98,6 @@ def fetch_all(
     finally:
         session.stopped.set()
         executor.shutdown(wait=True, cancel_futures=True)
-
-
-def fetch_one(download: Download, directory: Path, *, progress: Progress) -> Path:
-    """Fetch a single file."""
-    with progress.step(f"fetch {download.name}", total=download.size, unit="bytes") as step:
-        return next(fetch_all([download], directory, progress=step))[1]
 
 
 def forget(path: Path, directory: Path) -> None:

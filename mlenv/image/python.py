@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from mlenv.image.digest import canonical_json, digest_of
-from mlenv.image.layer import unpack_layer
+from mlenv.image.unpack import unpack_layer
 from mlenv.image.wheel import MTIME_ORIGIN, PREFIX
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ STANDALONE = "/opt/python"
 
 def python_key(python: PythonLock) -> str:
     """Return the key of a standalone interpreter's tree."""
-    return digest_of(canonical_json({"python": VERSION, "archive": python.sha256}))
+    return digest_of(canonical_json({"python": VERSION, "build": python.key, "archive": python.sha256}))
 
 
 def skeleton_key(python: PythonLock) -> str:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from isal import isal_zlib
 
-from mlenv.errors import ImageError
+from mlenv.errors import BadWheelError
 from mlenv.image.digest import canonical_json, digest_of
 from mlenv.image.layer import Entry, LayerFacts, LayerWriter, write_all
 
@@ -69,12 +69,6 @@ if __name__ == "__main__":
     sys.argv[0] = sys.argv[0].removesuffix(".exe")
     sys.exit({callable}())
 """
-
-
-class BadWheelError(ImageError):
-    """A wheel that is damaged or not what its RECORD says."""
-
-    code = "bad-wheel"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

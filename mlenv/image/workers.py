@@ -15,9 +15,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlenv.errors import ImageError
+from mlenv.errors import BadWheelError, ImageError
 from mlenv.image.layer import LayerFacts
-from mlenv.image.wheel import BadWheelError, unpack_wheel
+from mlenv.image.wheel import unpack_wheel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mlenv.errors import ResolveError
@@ -13,6 +15,7 @@ from mlenv.resolve.versions import Wanted, numbers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
 PREFIX = "/opt/python"
 """Where a standalone Python lies in the image."""
@@ -45,6 +48,30 @@ def standalone(
         interpreter=f"{PREFIX}/bin/python{minor}",
         key=str(best["key"]),
     )
+
+
+def fetch(python: PythonLock, directory: Path, *, indexes: Indexes | None = None) -> Path:
+    """Have uv fetch and check the archive of a standalone CPython; return its path below `directory`.
+
+    Raises: ResolveError where it cannot be fetched.
+    """
+    host = indexes or host_indexes()
+    cache = directory / "archive"
+    settings = replace(host, environment={**host.environment, "UV_PYTHON_CACHE_DIR": str(cache)})
+    installed = directory / "installed"
+    command = ["python", "install", str(python.key), "--no-bin", "--install-dir", str(installed)]
+    try:
+        with uv.workspace() as workspace:
+            uv.run_uv(command, indexes=settings, directory=workspace)
+    except uv.UvError as failure:
+        raise ResolveError(
+            f"Python {python.version} could not be fetched",
+            cause=uv.sentences(failure.said),
+            hint="set UV_PYTHON_INSTALL_MIRROR to a mirror of python-build-standalone",
+            code="python-unreachable",
+        ) from failure
+    shutil.rmtree(installed)
+    return next(path for path in cache.rglob("*.tar.*") if path.is_file())
 
 
 def _builds(minor: str, indexes: Indexes) -> list[Mapping[str, object]]:

@@ -225,7 +225,7 @@ def solver(suite: Suite, *, architecture: str, mirror: str | None = None) -> Ite
 
 
 def _configure(root: Path, suite: Suite, places: Sequence[Archive], architecture: str) -> Path:
-    for folder in ("lists/partial", "cache/archives/partial", "sources.list.d", "state", "log"):
+    for folder in ("lists/partial", "cache/archives/partial", "sources.list.d", "state", "log", "tmp"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     (root / "status").write_text("")
     (root / "sources.list.d" / "mlenv.sources").write_text(
@@ -358,7 +358,8 @@ def _sentences(said: str) -> str:
 
 def _apt(command: str, *args: str, configuration: Path) -> subprocess.CompletedProcess[str]:
     """Run an apt command quietly, in plain English so that its errors can be told apart."""
-    environment = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
+    temporary = str(configuration.parent / "tmp")  # gpgv's files: /tmp need not be writable for a user
+    environment = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive", "TMPDIR": temporary}
     return subprocess.run(
         [command, "-q", "-c", str(configuration), *args],
         capture_output=True,

@@ -24,6 +24,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]  # installed on 3.10 alone
 
+_ETC = Path("/etc")
 _SECTIONS = ("global", "install")
 """Sections of pip's files that apply to installing; the command's own wins."""
 
@@ -88,11 +89,13 @@ def host_indexes(environ: Mapping[str, str] | None = None) -> Indexes:
 
 def pip_settings(environ: Mapping[str, str]) -> dict[str, str]:
     """Return pip's settings by their long option name; lists stay as text."""
-    settings: dict[str, str] = {}
+    sections: dict[str, dict[str, str]] = {section: {} for section in _SECTIONS}
     for path in _pip_files(environ):
-        settings |= _pip_file(path)
+        for section, found in _pip_file(path).items():
+            sections[section] |= found
+    settings = {key: value for section in _SECTIONS for key, value in sections[section].items()}
     for key, value in environ.items():
-        if key.startswith("PIP_") and value:
+        if key.startswith("PIP_") and key != "PIP_CONFIG_FILE" and value:
             settings[key.removeprefix("PIP_").lower().replace("_", "-")] = value
     if "default-timeout" in settings:
         settings.setdefault("timeout", settings["default-timeout"])
@@ -107,7 +110,7 @@ def _pip_files(environ: Mapping[str, str]) -> Iterator[Path]:
     home = Path(environ.get("HOME") or Path.home())
     for folder in reversed((environ.get("XDG_CONFIG_DIRS") or "/etc/xdg").split(":")):
         yield Path(folder) / "pip" / "pip.conf"
-    yield Path("/etc/pip.conf")
+    yield _ETC / "pip.conf"
     yield home / ".pip" / "pip.conf"
     yield Path(environ.get("XDG_CONFIG_HOME") or home / ".config") / "pip" / "pip.conf"
     yield Path(sys.prefix) / "pip.conf"
@@ -115,17 +118,18 @@ def _pip_files(environ: Mapping[str, str]) -> Iterator[Path]:
         yield Path(named)
 
 
-def _pip_file(path: Path) -> dict[str, str]:
+def _pip_file(path: Path) -> dict[str, dict[str, str]]:
+    """Return the sections of one of pip's files that apply here."""
     parser = configparser.RawConfigParser()
     try:
         parser.read_string(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return {}
-    settings: dict[str, str] = {}
-    for section in _SECTIONS:
-        if parser.has_section(section):
-            settings |= {key.lower().replace("_", "-"): value for key, value in parser.items(section)}
-    return settings
+    return {
+        section: {key.lower().replace("_", "-"): value for key, value in parser.items(section)}
+        for section in _SECTIONS
+        if parser.has_section(section)
+    }
 
 
 def _is_true(text: str) -> bool:
@@ -161,7 +165,7 @@ def _uv_files(environ: Mapping[str, str]) -> Iterator[Path]:
         yield Path(named)
         return
     home = Path(environ.get("HOME") or Path.home())
-    yield Path("/etc/uv/uv.toml")
+    yield _ETC / "uv" / "uv.toml"
     for folder in reversed((environ.get("XDG_CONFIG_DIRS") or "/etc/xdg").split(":")):
         yield Path(folder) / "uv" / "uv.toml"
     yield Path(environ.get("XDG_CONFIG_HOME") or home / ".config") / "uv" / "uv.toml"

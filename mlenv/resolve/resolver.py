@@ -82,7 +82,7 @@ def _request(spec: Spec, host: Host) -> Request:
     sees_gpus = spec.gpus.mode != "none"
     return choice.Request(
         pytorch=spec.pytorch,
-        cuda=spec.cuda,
+        cuda=_major_minor(spec.cuda),
         cudnn=spec.cudnn,
         python=spec.python,
         base=spec.base,
@@ -91,6 +91,11 @@ def _request(spec: Spec, host: Host) -> Request:
         driver=host.driver if sees_gpus else None,
         where=lambda key: place(spec.path, key),
     )
+
+
+def _major_minor(cuda: str | None) -> str | None:
+    """Return CUDA as builds are named by it: "10.1.243" is a 10.1."""
+    return cuda and ".".join(cuda.split(".")[:2])
 
 
 def place(path: Path, key: str) -> str:

@@ -31,7 +31,7 @@ def identity(pid: int) -> Identity | None:
     The start time is in clock ticks since boot. Source: proc_pid_stat(5), field 22.
     """
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123 - pathlib costs 10 ms
+        with open(f"/proc/{pid}/stat", "rb") as file:
             fields = file.read().rpartition(b") ")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
@@ -58,7 +58,7 @@ def start(work: Callable[[Callable[[], None]], None], *, keep: Iterable[int] = (
     if pid == 0:
         _child(parent, work, failure_fd, keep, log)
     os.close(failure_fd)
-    with open(ready_fd, "rb") as pipe:  # noqa: PTH123 - a descriptor
+    with open(ready_fd, "rb") as pipe:
         failure = pipe.read().decode(errors="replace")
     if failure:
         os.waitpid(pid, 0)

@@ -50,7 +50,8 @@ _FIRST_HOST, _LAST_HOST = 2, 254
 _HELPER_TIMEOUT = 10.0
 _REFUSED = (EPERM, EACCES, EROFS, EOPNOTSUPP, EPROTONOSUPPORT, ENOENT)
 _RESOLVED_STUB = "127.0.0.53"
-_RESOLVED_UPSTREAM = "/run/systemd/resolve/resolv.conf"
+RESOLV_CONF = "/etc/resolv.conf"
+RESOLVED_UPSTREAM = "/run/systemd/resolve/resolv.conf"
 
 
 def setup(mode: str, container_id: str, netns_pid: int, *, rootless: bool, state_dir: str) -> NetState:
@@ -74,6 +75,7 @@ def setup(mode: str, container_id: str, netns_pid: int, *, rootless: bool, state
             _user_network(state, netns_pid, state_dir)
         elif mode == "private":
             _bridge_network(state, netns_pid)
+            _relay_names(state, netns_pid, state_dir)
     except OSError as error:
         teardown(state)
         raise ContainerStartError("the container's network cannot be set up", cause=str(error)) from error
@@ -138,7 +140,7 @@ class _lock:  # noqa: N801 - reads as what it does
     """Exclusive leave to change the host's network for containers; freed with its holder."""
 
     def __enter__(self) -> None:
-        os.makedirs(os.path.dirname(LOCK), mode=0o700, exist_ok=True)  # noqa: PTH103, PTH120 - pathlib costs 10 ms
+        os.makedirs(os.path.dirname(LOCK), mode=0o700, exist_ok=True)
         self._fd = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         fcntl.flock(self._fd, fcntl.LOCK_EX)
 
@@ -228,7 +230,7 @@ def _free_network(route: netlink.Netlink) -> bytes:
     """Return the leading three bytes of the first /24 of our pools that no route and no name server is in."""
     routes = netlink.routes(route)
     taken = [(target, prefix) for target, prefix, _ in routes if prefix > _DEFAULT_ROUTE_PREFIX]
-    servers = _nameservers(_read("/etc/resolv.conf"))
+    servers = _nameservers(_read(RESOLV_CONF))
     taken += [(_packed(server), 32) for server in servers if server.count(".") == 3]  # noqa: PLR2004 - IPv4
     for first, second in _POOLS:
         for third in range(256):
@@ -286,6 +288,15 @@ def _remove_bridge_if_unused(route: netlink.Netlink) -> None:
         with netlink.Netlink(netlink.NETLINK_NETFILTER) as netfilter:
             netfilter.batch([netlink.delete_table(TABLE)])
     netlink.delete_link(route, BRIDGE)
+
+
+def _relay_names(state: NetState, netns_pid: int, state_dir: str) -> None:
+    """Start a relay where the host's name servers are all on its loopback, where the bridge does not lead."""
+    servers = _host_nameservers()[0]
+    if state["helper"] == "bridge" and servers and all(_is_local(server) for server in servers):
+        from mlenv.container import dns
+
+        state["relay"] = dns.start(DNS_FORWARDER, servers, netns_pid, log=f"{state_dir}/dns.log")
 
 
 # --- root: translation and the host's firewall
@@ -423,14 +434,14 @@ def _start_pasta(path: str, netns_pid: int, state_dir: str, log: str) -> compani
     try:
         os.mkfifo(fifo, 0o600)
     except FileExistsError:
-        os.unlink(fifo)  # noqa: PTH108 - pathlib costs 10 ms
+        os.unlink(fifo)
         os.mkfifo(fifo, 0o600)
     ready_fd = os.open(fifo, os.O_RDWR | os.O_CLOEXEC)
     try:
         return _start_helper([path, *pasta_arguments(netns_pid, fifo)], ready_fd, log)
     finally:
         os.close(ready_fd)
-        os.unlink(fifo)  # noqa: PTH108
+        os.unlink(fifo)
 
 
 def _start_slirp4netns(path: str, netns_pid: int, state_dir: str, log: str) -> companion.Identity:
@@ -453,7 +464,7 @@ def _start_helper(args: list[str], ready_fd: int, log: str, *keep: int) -> compa
     def execute(_: Callable[[], None]) -> None:
         for kept_fd in keep:
             os.set_inheritable(kept_fd, True)
-        os.execv(args[0], args)  # noqa: S606 - no shell is the point
+        os.execv(args[0], args)
 
     process = companion.start(execute, keep=keep, log=log)
     try:
@@ -497,19 +508,28 @@ def resolv_conf(mode: str) -> bytes:
     reach the host's loopback: such servers are dropped, and where none is left DNS_FORWARDER takes their
     place.
     """
-    text = _read("/etc/resolv.conf")
-    servers = _nameservers(text)
-    if mode == "host" or not servers:
+    if mode == "host":
+        return _read(RESOLV_CONF).encode()
+    servers, text = _host_nameservers()
+    if not servers:
         return text.encode()
-    if all(server == _RESOLVED_STUB for server in servers):
-        text = _read(_RESOLVED_UPSTREAM) or text
-        servers = _nameservers(text)
     reachable = [server for server in servers if not _is_local(server)]
     if not reachable and mode == "private":
         reachable = [DNS_FORWARDER]
     rest = [line for line in text.splitlines() if not line.startswith(("nameserver", "#", ";"))]
     lines = [*(f"nameserver {server}" for server in reachable), *rest]
     return "".join(f"{line}\n" for line in lines).encode()
+
+
+def _host_nameservers() -> tuple[list[str], str]:
+    """Return the host's name servers and the text that names them; for systemd-resolved's stub, its own."""
+    text = _read(RESOLV_CONF)
+    servers = _nameservers(text)
+    if servers and all(server == _RESOLVED_STUB for server in servers):
+        upstream = _read(RESOLVED_UPSTREAM)
+        if _nameservers(upstream):
+            return _nameservers(upstream), upstream
+    return servers, text
 
 
 def _nameservers(text: str) -> list[str]:
@@ -519,7 +539,7 @@ def _nameservers(text: str) -> list[str]:
 
 def _is_local(server: str) -> bool:
     """Return whether only the host reaches this server: loopback, or an address of one link."""
-    return server.startswith(("127.", "fe80:", "::ffff:127.")) or server in ("::1", "0.0.0.0", "::")  # noqa: S104
+    return server.startswith(("127.", "fe80:", "::ffff:127.")) or server in ("::1", "0.0.0.0", "::")  # noqa: S104 - compared, not bound
 
 
 def hosts(hostname: str, address: str | None) -> bytes:
@@ -534,7 +554,7 @@ def hosts(hostname: str, address: str | None) -> bytes:
 def _read(path: str) -> str:
     """Return the text of a file of the system, empty where there is none."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:  # noqa: PTH123 - pathlib costs 10 ms
+        with open(path, encoding="utf-8", errors="replace") as file:
             return file.read()
     except (FileNotFoundError, PermissionError, ProcessLookupError):
         return ""

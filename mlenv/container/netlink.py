@@ -95,7 +95,7 @@ class Netlink:
         self._socket.bind((0, 0))
         self._sequence = 0
 
-    def __enter__(self) -> Netlink:  # noqa: PYI034 - typing costs 12 ms, and nothing derives from this
+    def __enter__(self) -> Netlink:  # noqa: PYI034 - typing costs 12 ms; nothing derives from this
         """Return the socket; leaving closes it."""
         return self
 
@@ -245,9 +245,10 @@ def delete_link(route: Netlink, name: str) -> None:
 
 def add_address(route: Netlink, index: int, address: bytes, prefix: int) -> None:
     """Give an interface an IPv4 address with its broadcast address."""
+    values = attribute(2, address) + attribute(1, address)
     host_bits = (1 << (32 - prefix)) - 1
-    broadcast = struct.pack(">I", int.from_bytes(address, "big") | host_bits)
-    values = attribute(2, address) + attribute(1, address) + attribute(4, broadcast)
+    if host_bits:
+        values += attribute(4, struct.pack(">I", int.from_bytes(address, "big") | host_bits))
     route.request(_NEWADDR, _CREATE | _EXCL, _ADDRESS.pack(_AF_INET, prefix, 0, 0, index) + values)
 
 

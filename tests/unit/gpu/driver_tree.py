@@ -14,7 +14,7 @@ SECOND = "GPU-bbbbbbbb-0000-0000-0000-000000000002"
 
 
 def elf(soname: str) -> bytes:
-    """Return a 64-bit library that holds its DT_SONAME and nothing else; addresses are offsets plus 0x1000."""
+    """Return a library that holds its DT_SONAME and nothing else; addresses are offsets plus 0x1000."""
     strings = b"\0" + soname.encode() + b"\0"
     dynamic = struct.pack("<qQqQqQ", 5, 0x1000 + 176, 14, 1, 0, 0)
     fields = struct.pack("<HHIQQQIHHHHHH", 3, 62, 1, 0, 64, 0, 0, 64, 56, 2, 0, 0, 0)
@@ -39,7 +39,8 @@ def make(root: Path) -> Path:
     version = f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {VERSION}  Sun May 12 19:39:15 UTC 2024\n"
     write(root / "proc/driver/nvidia/version", version + "GCC version:  gcc version 12.2.0\n")
     for bus, uuid, minor in (("0000:01:00.0", FIRST, 0), ("0000:41:00.0", SECOND, 3)):
-        facts = f"Model: \t\t NVIDIA A100\nGPU UUID: \t {uuid}\nBus Location: \t {bus}\nDevice Minor: \t {minor}\n"
+        facts = f"Model: \t\t NVIDIA A100\nGPU UUID: \t {uuid}\nBus Location: \t {bus}\n"
+        facts += f"Device Minor: \t {minor}\n"
         write(root / "proc/driver/nvidia/gpus" / bus / "information", facts)
     capabilities = "config 1\ngpu0/gi1/access 3\ngpu3/gi1/access 12\ngpu3/gi1/ci0/access 13\n"
     write(root / "proc/driver/nvidia-caps/mig-minors", capabilities)

@@ -1,4 +1,4 @@
-"""The main flow: a spec becomes a lock, the lock an image, the image a bundle, the bundle a running container."""
+"""The main flow: a spec becomes a lock, the lock an image, the image a container that runs."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def start(
 ) -> Environment:
     """Start the environment's container, or join the one that runs the same lock.
 
-    `folders` are mounted at their own paths; `publish` comes before the spec's ports; `undo` receives what takes
-    back everything this call started, for the caller to run when a later step fails.
+    `folders` are mounted at their own paths; `publish` comes before the spec's ports; `undo` receives what
+    takes back everything this call started, for the caller to run when a later step fails.
     """
     from mlenv.launch import local
 
@@ -83,7 +83,14 @@ def start(
         if container is None:
             with progress.step(f"starting {spec.name}"):
                 container = local.start_environment(
-                    spec, image, lock, folders=folders, publish=publish, gpus=gpus, progress=progress, undo=undo
+                    spec,
+                    image,
+                    lock,
+                    folders=folders,
+                    publish=publish,
+                    gpus=gpus,
+                    progress=progress,
+                    undo=undo,
                 )
         else:
             _same_environment(container, lock, folders, progress)
@@ -130,7 +137,7 @@ def _write_lock(places: Sequence[Path], lock: Lock, progress: Progress) -> None:
 
 
 def _lock_places(beside: Path, spec_digest: str) -> tuple[Path, Path]:
-    """Return where a spec's lock is looked for: beside the spec, else (a read-only spec) with mlenv's own data."""
+    """Return where a lock is looked for: beside the spec, else (a read-only spec) with mlenv's own data."""
     return beside, paths.data_dir() / "locks" / f"{spec_digest.removeprefix('sha256:')[:16]}.lock.json"
 
 
@@ -192,9 +199,7 @@ def down(name: str, *, progress: Progress) -> None:
                 local.stop_environment(container)
 
 
-def _same_environment(
-    container: Container, lock: Lock, folders: Sequence[Path], progress: Progress
-) -> None:
+def _same_environment(container: Container, lock: Lock, folders: Sequence[Path], progress: Progress) -> None:
     """Refuse a container that runs an older lock; say which folders a running one does not show."""
     from mlenv.container.config import LOCK
 
@@ -209,12 +214,14 @@ def _same_environment(
     shown = {mount["destination"] for mount in container.config["mounts"]}
     for folder in folders:
         if not any(str(place) in shown for place in (folder, *folder.parents)):
-            progress.note(f"`{folder}` is not visible in `{container.name}`: it was brought up from another folder")
+            progress.note(
+                f"`{folder}` is not visible in `{container.name}`: it was brought up from another folder"
+            )
 
 
 @contextlib.contextmanager
 def undo_on_failure() -> Iterator[ExitStack]:
-    """Collect what takes a flow back, and run it when the flow fails; a second Ctrl-C does not cut the undo short."""
+    """Collect what takes a flow back, and run it when the flow fails; a second Ctrl-C does not cut it short."""
     with contextlib.ExitStack() as undo:
         try:
             yield undo
@@ -238,12 +245,26 @@ def _one_at_a_time(name: str) -> Iterator[None]:
 
 
 def project_folder(cwd: Path) -> Path:
-    """Return the folder to mount for notebooks: `cwd`, unless mounting it would hide the container's own system.
+    """Return the folder to mount for notebooks: `cwd`, unless that would hide the container's own system.
 
     Raises: MlenvError for `/` and the system's directories.
     """
     folder = Path(os.path.realpath(cwd))
-    system = {"/usr", "/etc", "/bin", "/sbin", "/lib", "/lib64", "/proc", "/sys", "/dev", "/run", "/opt", "/var", "/boot"}
+    system = {
+        "/usr",
+        "/etc",
+        "/bin",
+        "/sbin",
+        "/lib",
+        "/lib64",
+        "/proc",
+        "/sys",
+        "/dev",
+        "/run",
+        "/opt",
+        "/var",
+        "/boot",
+    }
     if str(folder) == "/" or str(folder) in system:
         raise MlenvError(
             f"`{folder}` cannot be the notebook folder",

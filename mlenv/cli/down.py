@@ -48,7 +48,9 @@ def _chosen(name: str | None, up: list[str], *, everything: bool) -> list[str]:
         return up
     if not up:
         raise UsageError("no environment is up", hint="`mlenv up NAME` brings one up")
-    raise UsageError(f"which one? {', '.join(sorted(up))} are up", hint="`mlenv down NAME`, or `mlenv down --all`")
+    raise UsageError(
+        f"which one? {', '.join(sorted(up))} are up", hint="`mlenv down NAME`, or `mlenv down --all`"
+    )
 
 
 def _name_of(text: str) -> str:
@@ -56,4 +58,8 @@ def _name_of(text: str) -> str:
     from mlenv.spec.reader import read_spec
     from mlenv.spec.sources import locate
 
-    return read_spec(locate(text, cwd=Path.cwd())).name if "/" in text or text.endswith((".yaml", ".yml")) else text
+    return (
+        read_spec(locate(text, cwd=Path.cwd())).name
+        if "/" in text or text.endswith((".yaml", ".yml"))
+        else text
+    )

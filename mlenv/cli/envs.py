@@ -18,10 +18,10 @@ def command(*, as_json: bool) -> None:
     Example: mlenv envs
     """  # noqa: D301 - click's paragraph mark
     from mlenv.environment import running
-    from mlenv.spec.sources import lock_path, specs
+    from mlenv.spec.sources import catalog, lock_path
 
     up = {container.environment for container in running()}
-    found = specs(Path.cwd())
+    found = catalog(Path.cwd())
     if as_json:
         rows = [
             {"name": name, "path": str(path), "locked": lock_path(path).exists(), "up": name in up}

@@ -28,5 +28,8 @@ def command(*, quiet: bool, as_json: bool) -> None:
         for image in found:
             render.data(image.digest)
     else:
-        rows_ = [(i.name, i.digest.removeprefix("sha256:")[:12], render.size(i.unique), render.size(i.shared)) for i in found]
+        rows_ = [
+            (i.name, i.digest.removeprefix("sha256:")[:12], render.size(i.unique), render.size(i.shared))
+            for i in found
+        ]
         render.table(("NAME", "IMAGE ID", "UNIQUE", "SHARED"), rows_)

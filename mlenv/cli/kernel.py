@@ -24,7 +24,11 @@ def list_(*, as_json: bool) -> None:
 
     found = kernelspec.installed()
     if as_json:
-        rows = [{"name": spec.name, "display_name": spec.display_name, "path": str(spec.path)} for spec in found]
+        rows = [
+            {"name": spec.name, "display_name": spec.display_name, "path": str(spec.path)} for spec in found
+        ]
         render.json_data({"kernels": rows})
     else:
-        render.table(("NAME", "DISPLAY NAME", "DIRECTORY"), [(s.name, s.display_name, str(s.path)) for s in found])
+        render.table(
+            ("NAME", "DISPLAY NAME", "DIRECTORY"), [(s.name, s.display_name, str(s.path)) for s in found]
+        )

@@ -1,4 +1,4 @@
-"""The command line: one table of commands, each module imported when it is chosen, one place that prints errors."""
+"""The command line: a table of commands, each imported when it is chosen, and one place that prints errors."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     import click
 
+    from mlenv.errors import MlenvError
+
 COMMANDS: dict[str, tuple[str, str]] = {
     "up": ("mlenv.cli.up", "Bring an environment up and open it in JupyterLab."),
     "down": ("mlenv.cli.down", "Stop what `up` started."),
@@ -22,12 +24,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "build": ("mlenv.cli.build", "Build the image of a spec."),
     "images": ("mlenv.cli.images", "List images."),
     "save": ("mlenv.cli.save", "Write an image as an OCI layout archive."),
-    "rmi": ("mlenv.cli.rmi", "Remove images."),
     "run": ("mlenv.cli.run", "Run a command in a new container."),
+    "start": ("mlenv.cli.start", "Start stopped containers again."),
+    "attach": ("mlenv.cli.attach", "Connect this terminal to a running container."),
     "exec": ("mlenv.cli.exec", "Run a command in a running container."),
     "ps": ("mlenv.cli.ps", "List containers."),
     "logs": ("mlenv.cli.logs", "Show what a container printed."),
     "stop": ("mlenv.cli.stop", "Stop containers."),
+    "kill": ("mlenv.cli.kill", "Send a signal to containers."),
     "rm": ("mlenv.cli.rm", "Remove containers."),
     "kernel": ("mlenv.cli.kernel", "Manage the Jupyter kernelspecs of environments."),
     "version": ("mlenv.cli.version", "Show the version."),
@@ -58,7 +62,7 @@ def run(words: Sequence[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - what is not an error of ours is raised again
         return _report(error, words)
 
 
@@ -90,13 +94,11 @@ def _report(error: Exception, words: Sequence[str]) -> int:
     from mlenv.cli import render
     from mlenv.errors import MlenvError
 
-    if not isinstance(error, MlenvError):
-        known = _of_the_system(error)
-        if known is None:
-            raise error
-        error = known
-    render.error(error, as_json="--json" in _own_words(words))
-    return error.exit_status
+    known = error if isinstance(error, MlenvError) else _of_the_system(error)
+    if known is None:
+        raise error
+    render.error(known, as_json="--json" in _own_words(words))
+    return known.exit_status
 
 
 def _own_words(words: Sequence[str]) -> list[str]:
@@ -104,7 +106,7 @@ def _own_words(words: Sequence[str]) -> list[str]:
     return list(words[: words.index("--")]) if "--" in words else list(words)
 
 
-def _of_the_system(error: Exception) -> Any:
+def _of_the_system(error: Exception) -> MlenvError | None:
     """Translate what the system refused into an error with a remedy, or None for a fault of ours."""
     import errno
 
@@ -117,7 +119,7 @@ def _of_the_system(error: Exception) -> Any:
         return MlenvError(
             f"no space left to write{place}",
             cause=str(error),
-            hint="free some space, `mlenv rmi IMAGE`, or set MLENV_HOME to a larger disk; then run the same command again",
+            hint="free some space, or set MLENV_HOME to a larger disk; then run the same command again",
             code="disk-full",
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -171,7 +173,7 @@ def _group() -> click.Group:
 
     return Commands(
         name="mlenv",
-        help="Reproducible ML environments: a YAML spec, its lock, a container without Docker, a kernel in JupyterLab.",
+        help="Reproducible ML environments: a YAML spec, its lock, a container, a kernel in JupyterLab.",
         epilog="Example: mlenv up quickstart",
         params=[click.Option(["--version", "-V"], is_flag=True, help="Show the version.")],
         context_settings={"help_option_names": ["-h", "--help"]},

@@ -55,7 +55,9 @@ def ports(texts: Sequence[str]) -> list[Port]:
         try:
             port = parse_port(text)
         except ValueError as fault:
-            raise UsageError(f"`-p {text}` is no port mapping", cause=str(fault), hint="write `-p 8097:8097`") from fault
+            raise UsageError(
+                f"`-p {text}` is no port mapping", cause=str(fault), hint="write `-p 8097:8097`"
+            ) from fault
         found.append(
             Port(
                 host_ip=port.host_ip,
@@ -78,12 +80,16 @@ def volume(text: str) -> Mount:
 
     words = text.split(":")
     if len(words) not in (2, 3) or not all(words) or (len(words) == 3 and words[2] not in ("ro", "rw")):  # noqa: PLR2004
-        raise UsageError(f"`-v {text}` is no volume", hint="write `-v SOURCE:TARGET` or `-v SOURCE:TARGET:ro`")
+        raise UsageError(
+            f"`-v {text}` is no volume", hint="write `-v SOURCE:TARGET` or `-v SOURCE:TARGET:ro`"
+        )
     source = Path(words[0]).expanduser().absolute()
     if not source.exists():
         raise UsageError(f"`-v {text}`: `{source}` does not exist", hint="create it first")
     if not words[1].startswith("/"):
-        raise UsageError(f"`-v {text}`: the target must be an absolute path", hint=f"write `{words[0]}:/{words[1]}`")
+        raise UsageError(
+            f"`-v {text}`: the target must be an absolute path", hint=f"write `{words[0]}:/{words[1]}`"
+        )
     return Mount(source=source, target=PurePosixPath(words[1]), readonly=words[2:] == ["ro"])
 
 
@@ -99,7 +105,9 @@ def size(text: str | None, option: str) -> int | None:
     try:
         return parse_size(text)
     except ValueError as fault:
-        raise UsageError(f"`{option} {text}` is no size", cause=str(fault), hint=f"write `{option} 16GB`") from fault
+        raise UsageError(
+            f"`{option} {text}` is no size", cause=str(fault), hint=f"write `{option} 16GB`"
+        ) from fault
 
 
 def environment_variables(texts: Sequence[str]) -> dict[str, str]:
@@ -127,4 +135,6 @@ def gpus(text: str | None) -> Any:
     try:
         return parse_gpus(text)
     except ValueError as fault:
-        raise UsageError(f"`--gpus {text}` selects nothing", cause=str(fault), hint="write `--gpus all`") from fault
+        raise UsageError(
+            f"`--gpus {text}` selects nothing", cause=str(fault), hint="write `--gpus all`"
+        ) from fault

@@ -144,12 +144,24 @@ class _Bars:
     @contextlib.contextmanager
     def step(self, title: str, *, total: int | None = None, unit: str = "items") -> Iterator[Step]:
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
         from rich.progress import Progress as RichProgress
-        from rich.progress import TimeRemainingColumn, TransferSpeedColumn
 
         counting = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
-        columns = ("{task.description}", BarColumn(), *counting, TimeRemainingColumn(), TextColumn("{task.fields[detail]}"))
+        columns = (
+            "{task.description}",
+            BarColumn(),
+            *counting,
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[detail]}"),
+        )
         with RichProgress(*columns, console=Console(stderr=True), transient=True) as bars:
             task = bars.add_task(title, total=total, detail="")
             yield _Bar(bars, task)

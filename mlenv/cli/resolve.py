@@ -40,11 +40,18 @@ def command(name: str, *, explain: bool, mirror: str | None, as_json: bool) -> N
 def _as_json(resolution: Resolution) -> None:
     import json
 
+    from mlenv.lock.file import canonical_bytes
+
     reasons = [
-        {"subject": reason.subject, "choice": reason.choice, "because": reason.because, "rejected": reason.rejected}
+        {
+            "subject": reason.subject,
+            "choice": reason.choice,
+            "because": reason.because,
+            "rejected": reason.rejected,
+        }
         for reason in resolution.reasons
     ]
-    render.json_data({"lock": json.loads(resolution.lock.canonical()), "reasons": reasons})
+    render.json_data({"lock": json.loads(canonical_bytes(resolution.lock)), "reasons": reasons})
 
 
 def _as_text(resolution: Resolution, *, explain: bool) -> None:
@@ -57,5 +64,10 @@ def _as_text(resolution: Resolution, *, explain: bool) -> None:
         render.data("")
     lock = resolution.lock
     rows = [(wheel.name, wheel.version, render.size(wheel.size)) for wheel in lock.wheels]
-    base = (("base", lock.base.name, f"{len(lock.base.packages)} packages"),) if lock.base else ()
-    render.table(("WHAT", "VERSION", "SIZE"), [*base, ("python", lock.python.version, lock.python.source), *rows])
+    if lock.python:
+        rows.insert(0, ("python", lock.python.version, lock.python.source))
+    if lock.base:
+        rows.insert(0, ("base", lock.base.name, f"{len(lock.base.packages)} packages"))
+    if lock.image:
+        rows.insert(0, ("image", lock.image.reference, lock.image.digest))
+    render.table(("WHAT", "VERSION", "SIZE"), rows)

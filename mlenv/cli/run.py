@@ -20,12 +20,16 @@ if TYPE_CHECKING:
 @click.argument("image", metavar="IMAGE|NAME")
 @click.argument("args", nargs=-1, metavar="[CMD]...", type=click.UNPROCESSED)
 @click.option("-i", "--interactive", is_flag=True, help="Keep stdin open.")
-@click.option("-t", "--tty", is_flag=True, help="Give the container a terminal; Ctrl-P Ctrl-Q leaves it running.")
+@click.option(
+    "-t", "--tty", is_flag=True, help="Give the container a terminal; Ctrl-P Ctrl-Q leaves it running."
+)
 @click.option("-d", "--detach", is_flag=True, help="Leave it in the background and print its id.")
 @click.option("--rm", is_flag=True, help="Remove the container when it ends.")
 @click.option("--name", help="Name the container.")
 @options.publish
-@click.option("-v", "--volume", multiple=True, metavar="SRC:DST[:ro]", help="Mount a file or directory; repeatable.")
+@click.option(
+    "-v", "--volume", multiple=True, metavar="SRC:DST[:ro]", help="Mount a file or directory; repeatable."
+)
 @click.option("-e", "--env", multiple=True, metavar="K=V", help="Set a variable; repeatable.")
 @click.option("-w", "--workdir", metavar="DIR", help="Working directory inside.")
 @click.option("-u", "--user", metavar="USER", help="User inside: name or uid, with :group if wanted.")
@@ -37,7 +41,9 @@ if TYPE_CHECKING:
 @click.option("--network", metavar="MODE", help="private, none or host [default: private].")
 @click.option("--read-only", is_flag=True, help="Mount the root filesystem read-only.")
 @options.mirror
-def command(image: str, args: tuple[str, ...], *, detach: bool, rm: bool, name: str | None, **asked: Any) -> int:
+def command(
+    image: str, args: tuple[str, ...], *, detach: bool, rm: bool, name: str | None, **asked: Any
+) -> int:
     """Run CMD in a new container of an image or a spec, and end with its status.
 
     \b
@@ -64,7 +70,7 @@ def command(image: str, args: tuple[str, ...], *, detach: bool, rm: bool, name: 
 
 
 def _image(text: str, mirror: str | None, progress: Progress) -> tuple[Image, Options]:
-    """Return the image a text means and the options its spec sets: a spec's name or file, else an image's reference."""
+    """Return the image that a spec's name or file means, else an image's reference, and the spec's options."""
     from mlenv import environment, paths
     from mlenv.errors import ImageNotFoundError, SpecNotFoundError
     from mlenv.image.images import find_image

@@ -9,7 +9,15 @@ from mlenv.cli import render
 
 @click.command("stop")
 @click.argument("containers", nargs=-1, required=True, metavar="CONTAINER...")
-@click.option("-t", "--time", "timeout", type=click.FloatRange(0), default=10.0, show_default=True, help="Seconds before SIGKILL.")
+@click.option(
+    "-t",
+    "--time",
+    "timeout",
+    type=click.FloatRange(0),
+    default=10.0,
+    show_default=True,
+    help="Seconds before SIGKILL.",
+)
 def command(containers: tuple[str, ...], *, timeout: float) -> None:
     """Stop containers: SIGTERM, and SIGKILL for what still runs after the timeout.
 

@@ -25,8 +25,14 @@ DEFAULT_PORT = 8888
 @click.command("up")
 @click.argument("name")
 @options.publish
-@click.option("--port", type=click.IntRange(1, 65535), help=f"JupyterLab's port [default: {DEFAULT_PORT} or the next free].")
-@click.option("--gpus", metavar="GPUS", help="all, none, a number, or indexes and UUIDs; instead of the spec's `gpus`.")
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    help=f"JupyterLab's port [default: {DEFAULT_PORT} or the next free].",
+)
+@click.option(
+    "--gpus", metavar="GPUS", help="all, none, a number, or indexes and UUIDs; instead of the spec's `gpus`."
+)
 @click.option("--no-browser", is_flag=True, help="Do not open a browser.")
 @click.option("--no-jupyter", is_flag=True, help="Start the container and its kernelspec, but no JupyterLab.")
 @click.option("-d", "--detach", is_flag=True, help="Stay in the background: as always, and open no browser.")
@@ -46,8 +52,8 @@ def command(
 ) -> None:
     """Bring the environment NAME up and print JupyterLab's URL.
 
-    Resolves and locks what is not locked, builds what is missing, starts the container, registers its kernel and
-    starts JupyterLab, or joins the one that runs. NAME is a spec's name, a YAML file or a directory.
+    Resolves and locks what is not locked, builds what is missing, starts the container, registers its kernel
+    and starts JupyterLab, or joins the one that runs. NAME is a spec's name, a YAML file or a directory.
 
     \b
     Example: mlenv up quickstart
@@ -106,7 +112,9 @@ def _announce(
         return
     for port in up.container.ports:
         progress.note(f"port {port.container_port} of the container is {port.host_ip}:{port.host_port}")
-    progress.note(f"{up.spec.name} is up{'' if up.started else ' already'}; `mlenv down {up.spec.name}` stops it")
+    progress.note(
+        f"{up.spec.name} is up{'' if up.started else ' already'}; `mlenv down {up.spec.name}` stops it"
+    )
     if server is None:
         return
     progress.note("open this in a browser and choose the kernel:")

@@ -1,0 +1,1 @@
+"""Where an environment, a kernel or a build step runs."""

@@ -74,7 +74,16 @@ class LocalRunner:
 def _foreground(bundle: Path, output_fd: int) -> int:
     """Run a bundle to its end; Ctrl-C ends the container first and then this call."""
     core = Path(lifecycle.__file__).with_name("__main__.py")
-    command = [sys.executable, "-I", "-S", str(core), "run", "--bundle", str(bundle), f"build-{secrets.token_hex(6)}"]
+    command = [
+        sys.executable,
+        "-I",
+        "-S",
+        str(core),
+        "run",
+        "--bundle",
+        str(bundle),
+        f"build-{secrets.token_hex(6)}",
+    ]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output_fd, stderr=output_fd) as process:
         try:
             return process.wait()
@@ -156,7 +165,10 @@ def spec_options(spec: Spec, *, publish: Sequence[oci.Port] = ()) -> Options:
         env=spec.env,
         hostname=hostname(spec.name),
         mounts=[_spec_mount(mount, spec.path) for mount in spec.mounts],
-        ports=[*publish, *(_spec_port(port) for port in spec.ports if (port.container_port, port.protocol) not in taken)],
+        ports=[
+            *publish,
+            *(_spec_port(port) for port in spec.ports if (port.container_port, port.protocol) not in taken),
+        ],
         network=spec.network,
         resources=limited(
             oci.Resources(),
@@ -180,8 +192,8 @@ def file_options(spec_path: Path) -> Options:
     return Options(hostname=hostname(document.data.get("name", spec_path.stem)), gpus=GpuSelection())
 
 
-def limited(resources: oci.Resources, **limits: float | None) -> oci.Resources:
-    """Return `resources` with those of `limits` that are given."""
+def limited(resources: oci.Resources, **limits: Any) -> oci.Resources:
+    """Return `resources` with those of `limits` (fields of `Resources`) that are given."""
     return replace(resources, **{name: limit for name, limit in limits.items() if limit is not None})
 
 
@@ -198,14 +210,16 @@ def start_environment(
 ) -> lifecycle.Container:
     """Start the container that an environment's kernels live in; `undo` receives its removal.
 
-    `folders` appear inside at their own paths, so that paths in notebooks and tracebacks agree with the host's.
+    `folders` appear inside at their own paths, so that paths in notebooks and tracebacks agree.
     """
     _replace_stopped(spec.name)
     container_id = secrets.token_hex(32)
     kernels = paths.private_dir(paths.kernel_dir(container_id))
     undo.callback(shutil.rmtree, kernels, ignore_errors=True)
     options = spec_options(spec, publish=publish)
-    shared = [oci.Mount(source=folder, target=PurePosixPath(folder)) for folder in _outermost((*folders, kernels))]
+    shared = [
+        oci.Mount(source=folder, target=PurePosixPath(folder)) for folder in _outermost((*folders, kernels))
+    ]
     config = bundle_config(
         image,
         replace(
@@ -255,7 +269,10 @@ def _spec_mount(mount: MountSpec, spec_path: Path) -> oci.Mount:
 
 def _spec_port(port: PortSpec) -> oci.Port:
     return oci.Port(
-        host_ip=port.host_ip, host_port=port.host_port, container_port=port.container_port, protocol=port.protocol
+        host_ip=port.host_ip,
+        host_port=port.host_port,
+        container_port=port.container_port,
+        protocol=port.protocol,
     )
 
 

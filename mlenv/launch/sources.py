@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class HostSources:
-    """Answers with addresses; looks them up when the first missing thing is asked for, never for what is stored."""
+    """Answers with addresses; looks them up when the first is asked for, never for what is stored."""
 
     def __init__(self, lock: Lock, *, directory: Path, mirror: str | None) -> None:
         self._lock, self._directory, self._mirror = lock, directory, mirror
@@ -28,7 +28,8 @@ class HostSources:
     def _mirrors(self) -> Mapping[str, str]:
         from mlenv.resolve.debian import mirrors
 
-        assert self._lock.base is not None
+        if self._lock.base is None:
+            return {}
         return mirrors(self._lock.base.name, mirror=self._mirror)
 
     def wheel_url(self, wheel: Wheel) -> str:

@@ -1,4 +1,4 @@
-"""`mlenv up` and `mlenv build` interrupted and killed at every step they announce: undone, or resumed, never half-made."""
+"""`mlenv up` and `mlenv build` interrupted and killed at every step: undone or resumed, never half-made."""
 
 from __future__ import annotations
 
@@ -30,7 +30,13 @@ def environment(home: Path) -> dict[str, str]:
 
 def run(home: Path, *words: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(home, *words), env=environment(home), cwd=cwd, capture_output=True, text=True, check=False, timeout=DEADLINE
+        command(home, *words),
+        env=environment(home),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=DEADLINE,
     )
 
 
@@ -131,7 +137,7 @@ def test_a_killed_up_is_resumed_by_the_next(built_home, step):
 
 @pytest.mark.requires("userns", "overlay", "index", "mirror")
 def test_a_build_killed_at_every_step_resumes_to_the_same_image(built_home, tmp_path):
-    """Each kill loses only the step it hit: the builds go on from what is finished, and the digest is the same."""
+    """Each kill loses only the step it hit: builds go on from what is finished, to the same digest."""
     expected = run(built_home, "build", "quickstart").stdout
     home = tmp_path / "home"
     for step in range(1, 40):
@@ -197,7 +203,17 @@ def test_a_full_disk_is_said_and_nothing_half_made_stays(tmp_path):
         'find "$MLENV_HOME/store" -mindepth 1 \\( -name meta.json -o -path "*/tmp/*" \\) >&2; exit $status'
     )
     done = subprocess.run(
-        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", *command(home, "build", "quickstart")]
+        [
+            "unshare",
+            "--user",
+            "--map-root-user",
+            "--mount",
+            "sh",
+            "-c",
+            script,
+            "sh",
+            *command(home, "build", "quickstart"),
+        ]
         if os.geteuid() != 0
         else ["unshare", "--mount", "sh", "-c", script, "sh", *command(home, "build", "quickstart")],
         env=environment(home),

@@ -20,6 +20,13 @@ def outcome(capfd: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, s
     return status, out, err
 
 
+def raising(fault: BaseException):
+    def invoke(words):
+        raise fault
+
+    return invoke
+
+
 def test_version_is_data(capfd):
     assert outcome(capfd, "--version") == (0, f"mlenv {__version__}\n", "")
     assert outcome(capfd, "version") == (0, f"mlenv {__version__}\n", "")
@@ -63,8 +70,12 @@ def test_every_command_is_listed(capfd):
 
 def test_errors_are_conversation_and_json_errors_are_data(capfd, monkeypatch):
     fault = MlenvError("it broke", cause="the disk", hint="`mlenv version`", code="broken")
-    monkeypatch.setattr(main, "_invoke", lambda words: (_ for _ in ()).throw(fault))
-    assert outcome(capfd, "ps") == (1, "", "error[broken]: it broke\n  cause: the disk\n  hint: `mlenv version`\n")
+    monkeypatch.setattr(main, "_invoke", raising(fault))
+    assert outcome(capfd, "ps") == (
+        1,
+        "",
+        "error[broken]: it broke\n  cause: the disk\n  hint: `mlenv version`\n",
+    )
     status, out, err = outcome(capfd, "ps", "--json")
     assert (status, err) == (1, "")
     assert json.loads(out) == {
@@ -75,7 +86,7 @@ def test_errors_are_conversation_and_json_errors_are_data(capfd, monkeypatch):
 
 def test_json_after_a_double_dash_is_the_commands_own(capfd, monkeypatch):
     fault = MlenvError("it broke")
-    monkeypatch.setattr(main, "_invoke", lambda words: (_ for _ in ()).throw(fault))
+    monkeypatch.setattr(main, "_invoke", raising(fault))
     assert outcome(capfd, "run", "x", "--", "--json") == (1, "", "error[failed]: it broke\n")
 
 
@@ -88,27 +99,39 @@ def test_json_after_a_double_dash_is_the_commands_own(capfd, monkeypatch):
     ],
 )
 def test_what_the_system_refuses_gets_a_remedy(capfd, monkeypatch, raised, status, code):
-    monkeypatch.setattr(main, "_invoke", lambda words: (_ for _ in ()).throw(raised))
+    monkeypatch.setattr(main, "_invoke", raising(raised))
     got, out, err = outcome(capfd, "ps")
     assert (got, out) == (status, "")
     assert err.startswith(f"error[{code}]: ")
 
 
 def test_ctrl_c_is_130(capfd, monkeypatch):
-    monkeypatch.setattr(main, "_invoke", lambda words: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(main, "_invoke", raising(KeyboardInterrupt()))
     assert outcome(capfd, "ps") == (130, "", "")
 
 
 def test_a_fault_of_ours_is_not_hidden(monkeypatch):
-    monkeypatch.setattr(main, "_invoke", lambda words: (_ for _ in ()).throw(ZeroDivisionError("ours")))
+    monkeypatch.setattr(main, "_invoke", raising(ZeroDivisionError("ours")))
     with pytest.raises(ZeroDivisionError):
         main.run(["ps"])
 
 
-HEAVY = ("pydantic", "yaml", "rich", "jupyter_client", "jupyter_server", "pyroute2", "urllib3", "asyncio", "zmq")
+HEAVY = (
+    "pydantic",
+    "yaml",
+    "rich",
+    "jupyter_client",
+    "jupyter_server",
+    "pyroute2",
+    "urllib3",
+    "asyncio",
+    "zmq",
+)
 
 
-@pytest.mark.parametrize("words", [["--version"], ["--help"], ["ps"], ["images", "--help"], ["run", "--help"]])
+@pytest.mark.parametrize(
+    "words", [["--version"], ["--help"], ["ps"], ["images", "--help"], ["run", "--help"]]
+)
 def test_light_commands_import_nothing_heavy(words, tmp_path):
     probe = (
         "import sys; from mlenv.cli import main\n"
@@ -128,14 +151,22 @@ def test_light_commands_import_nothing_heavy(words, tmp_path):
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (1_234_567, "1.23 MB"), (777_000_000, "777 MB"), (10**13, "10 TB")],
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (1_234_567, "1.23 MB"),
+        (777_000_000, "777 MB"),
+        (10**13, "10 TB"),
+    ],
 )
 def test_sizes_are_decimal(count, text):
     assert render.size(count) == text
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0 seconds"), (1, "1 second"), (59, "59 seconds"), (60, "1 minute"), (90_000, "1 day")]
+    ("seconds", "text"),
+    [(0, "0 seconds"), (1, "1 second"), (59, "59 seconds"), (60, "1 minute"), (90_000, "1 day")],
 )
 def test_ages_are_worded_as_docker_does(seconds, text):
     assert render.age(1000.0, 1000.0 + seconds) == text

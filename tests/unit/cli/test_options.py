@@ -12,9 +12,9 @@ from mlenv.errors import UsageError
 
 
 def test_ports_bind_loopback_unless_told(tmp_path):
-    assert options.ports(["8097:80", "0.0.0.0:1:2"]) == [
+    assert options.ports(["8097:80", "192.0.2.1:1:2"]) == [
         Port(host_ip="127.0.0.1", host_port=8097, container_port=80, protocol="tcp"),
-        Port(host_ip="0.0.0.0", host_port=1, container_port=2, protocol="tcp"),
+        Port(host_ip="192.0.2.1", host_port=1, container_port=2, protocol="tcp"),
     ]
 
 
@@ -25,8 +25,12 @@ def test_a_bad_port_names_itself(text):
 
 
 def test_volumes(tmp_path):
-    assert options.volume(f"{tmp_path}:/data:ro") == Mount(source=tmp_path, target=PurePosixPath("/data"), readonly=True)
-    assert options.volume(f"{tmp_path}:/data") == Mount(source=tmp_path, target=PurePosixPath("/data"), readonly=False)
+    assert options.volume(f"{tmp_path}:/data:ro") == Mount(
+        source=tmp_path, target=PurePosixPath("/data"), readonly=True
+    )
+    assert options.volume(f"{tmp_path}:/data") == Mount(
+        source=tmp_path, target=PurePosixPath("/data"), readonly=False
+    )
 
 
 @pytest.mark.parametrize("text", ["x", "x:", "a:b:rx", "{tmp}/missing:/data", "{tmp}:relative"])
@@ -45,7 +49,9 @@ def test_variables_come_from_the_text_or_the_host(monkeypatch):
     }
 
 
-@pytest.mark.parametrize(("text", "count"), [("1GB", 10**9), ("1GiB", 2**30), ("512m", 512 * 2**20), ("7", 7)])
+@pytest.mark.parametrize(
+    ("text", "count"), [("1GB", 10**9), ("1GiB", 2**30), ("512m", 512 * 2**20), ("7", 7)]
+)
 def test_sizes(text, count):
     assert options.size(text, "--memory") == count
 

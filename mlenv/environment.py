@@ -221,7 +221,7 @@ def _same_environment(container: Container, lock: Lock, folders: Sequence[Path],
 
 @contextlib.contextmanager
 def undo_on_failure() -> Iterator[ExitStack]:
-    """Collect what takes a flow back, and run it when the flow fails; a second Ctrl-C does not cut it short."""
+    """Collect what takes a flow back, and run it when the flow fails; a second Ctrl-C cannot stop that."""
     with contextlib.ExitStack() as undo:
         try:
             yield undo

@@ -1,4 +1,4 @@
-"""The command line: a table of commands, each imported when it is chosen, and one place that prints errors."""
+"""The command line: a table of commands, each imported when chosen, and one place that prints errors."""
 
 from __future__ import annotations
 

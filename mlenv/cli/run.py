@@ -70,7 +70,7 @@ def command(
 
 
 def _image(text: str, mirror: str | None, progress: Progress) -> tuple[Image, Options]:
-    """Return the image that a spec's name or file means, else an image's reference, and the spec's options."""
+    """Return the image that a spec's name or file means, else an image's reference, and its options."""
     from mlenv import environment, paths
     from mlenv.errors import ImageNotFoundError, SpecNotFoundError
     from mlenv.image.images import find_image

@@ -56,7 +56,7 @@ def prepare(name: str, *, cwd: Path, mirror: str | None = None, progress: Progre
     """
     spec = read_spec(locate(name, cwd=cwd))
     lock = ensure_lock(spec.path, mirror=mirror, progress=progress)
-    image = ensure_image(lock, directory=spec.path.parent, mirror=mirror, progress=progress)
+    image = ensure_image(lock, spec_path=spec.path, mirror=mirror, progress=progress)
     return Prepared(spec=spec, lock=lock, image=image)
 
 
@@ -100,7 +100,7 @@ def start(
 def build(spec_path: Path, *, mirror: str | None = None, progress: Progress) -> Image:
     """Build the image of a spec and return it; an unchanged one costs reading the spec and the lock."""
     lock = ensure_lock(spec_path, mirror=mirror, progress=progress)
-    return ensure_image(lock, directory=spec_path.parent, mirror=mirror, progress=progress)
+    return ensure_image(lock, spec_path=spec_path, mirror=mirror, progress=progress)
 
 
 def ensure_lock(
@@ -149,11 +149,8 @@ def resolve_spec(spec: Spec, *, mirror: str | None = None, progress: Progress) -
     return resolve(spec, host=facts(), progress=progress, mirror=mirror).lock
 
 
-def ensure_image(lock: Lock, *, directory: Path, mirror: str | None = None, progress: Progress) -> Image:
-    """Return the lock's image from the store, built first where it is missing.
-
-    `directory` is the spec's, where its local packages lie.
-    """
+def ensure_image(lock: Lock, *, spec_path: Path, mirror: str | None = None, progress: Progress) -> Image:
+    """Return the lock's image from the store, built first where it is missing."""
     from mlenv.image import build
     from mlenv.image.store import Store
     from mlenv.launch.local import LocalRunner
@@ -162,7 +159,7 @@ def ensure_image(lock: Lock, *, directory: Path, mirror: str | None = None, prog
     return build.ensure_image(
         lock,
         store=Store(paths.store_dir()),
-        sources=HostSources(lock, directory=directory, mirror=mirror),
+        sources=HostSources(lock, spec_path=spec_path, mirror=mirror),
         run=LocalRunner(),
         progress=progress,
     )

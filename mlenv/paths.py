@@ -86,7 +86,15 @@ def _user_run_root() -> Path:
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     if runtime.startswith("/") and os.access(runtime, os.W_OK | os.X_OK):
         return Path(runtime)
-    return private_dir(Path(f"/tmp/mlenv-{os.getuid()}"))  # noqa: S108 - checked for owner and mode
+    return _temporary_dir()
+
+
+def _temporary_dir() -> Path:
+    """Return this user's directory below the system's temporary one, else (a closed /tmp) below the data's."""
+    temporary = Path(f"/tmp/mlenv-{os.getuid()}")  # noqa: S108 - checked for owner and mode
+    if temporary.exists() or os.access(temporary.parent, os.W_OK | os.X_OK):
+        return private_dir(temporary)
+    return private_dir(data_dir() / "run")
 
 
 def socket_dir() -> Path:
@@ -95,8 +103,7 @@ def socket_dir() -> Path:
     if len(os.fsencode(natural)) <= SOCKET_PATH_MAX - _SOCKET_ROOM:
         return natural
     short = sha256(os.fsencode(natural)).hexdigest()[:8]
-    root = private_dir(Path(f"/tmp/mlenv-{os.getuid()}"))  # noqa: S108 - checked for owner and mode
-    return private_dir(root / short)
+    return private_dir(_temporary_dir() / short)
 
 
 def kernel_dir(container_id: str) -> Path:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from mlenv.spec.reader import read_spec
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
@@ -15,14 +17,14 @@ if TYPE_CHECKING:
 class HostSources:
     """Answers with addresses; looks them up when the first is asked for, never for what is stored."""
 
-    def __init__(self, lock: Lock, *, directory: Path, mirror: str | None) -> None:
-        self._lock, self._directory, self._mirror = lock, directory, mirror
+    def __init__(self, lock: Lock, *, spec_path: Path, mirror: str | None) -> None:
+        self._lock, self._spec_path, self._mirror = lock, spec_path, mirror
 
     @cached_property
     def _wheels(self) -> Mapping[str, str]:
         from mlenv.resolve.wheels import locate
 
-        return locate(self._lock, directory=self._directory)
+        return locate(self._lock, directory=self._spec_path.parent)
 
     @cached_property
     def _mirrors(self) -> Mapping[str, str]:
@@ -30,7 +32,7 @@ class HostSources:
 
         if self._lock.base is None:
             return {}
-        return mirrors(self._lock.base.name, mirror=self._mirror)
+        return mirrors(self._lock.base.name, mirror=self._mirror or read_spec(self._spec_path).mirror)
 
     def wheel_url(self, wheel: Wheel) -> str:
         """Return where a wheel can be fetched."""
@@ -44,4 +46,6 @@ class HostSources:
 
     def deb_url(self, package: DebPackage) -> str:
         """Return where a Debian package can be fetched."""
-        return f"{self._mirrors[package.archive].rstrip('/')}/{package.path}"
+        from mlenv.resolve.debian import deb_url
+
+        return deb_url(package, self._mirrors)

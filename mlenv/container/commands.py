@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from mlenv.container import cgroups
-from mlenv.errors import MlenvError, UsageError
+from mlenv.errors import ContainerError, MlenvError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ def main(arguments: Sequence[str]) -> int:
     except MlenvError as error:
         os.write(2, f"{error}\n".encode())
         return error.exit_status
+    except OSError as error:  # what the host refused; the text names the call
+        os.write(2, f"{ContainerError('the container could not be run', cause=str(error))}\n".encode())
+        return ContainerError.exit_status
     except KeyboardInterrupt:
         return 130
 

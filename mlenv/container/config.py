@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from mlenv.container import seccomp
+from mlenv.container import record, seccomp
 from mlenv.container.bundle import (
     ENVIRONMENT,
     IMAGE,
@@ -298,12 +297,16 @@ def _annotations(
     if init:
         annotations[INIT] = "true"
     if layers:
-        annotations[LAYERS] = json.dumps([str(layer) for layer in layers])
+        annotations[LAYERS] = _json([str(layer) for layer in layers])
     if upper is not None:
         annotations[UPPER] = str(upper)
     if ports:
-        annotations[PORTS] = json.dumps([port.as_dict() for port in ports])
+        annotations[PORTS] = _json([port.as_dict() for port in ports])
     return annotations
+
+
+def _json(value: Any) -> str:
+    return record.serialise(value).decode().strip()
 
 
 def _set_user(config: dict[str, Any], user: str | None) -> None:

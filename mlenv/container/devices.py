@@ -73,7 +73,7 @@ def _bind_node(root_fd: int, path: str, number: int, kind: int) -> None:
         os.close(tree_fd)
         raise ContainerError(
             f"the host's `{path}` is not the device {os.major(number)}:{os.minor(number)}",
-            cause=f"its mode is {found.st_mode:o}, its number {os.major(found.st_rdev)}:{os.minor(found.st_rdev)}",
+            cause=f"it is {found.st_mode:o} {os.major(found.st_rdev)}:{os.minor(found.st_rdev)}",
         )
     mounts.attach(tree_fd, root_fd, path, directory=False)
 
@@ -86,7 +86,7 @@ def _link(dev_fd: int, name: str, target: str) -> None:
 
 
 def add(root_fd: int, device: Mapping[str, Any], *, make_nodes: bool) -> None:
-    """Add one OCI device. Raises: ContainerError for an unknown type or a host node that is another device."""
+    """Add one OCI device. Raises: ContainerError for an unknown type or a host node that is another."""
     kind = _TYPES.get(device["type"])
     if kind is None:
         raise ContainerError(f"cannot make `{device['path']}`: device type `{device['type']}` is not known")

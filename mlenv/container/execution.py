@@ -80,6 +80,9 @@ def main(arguments: Sequence[str]) -> int:
     Raises: ContainerError; ContainerStartError with 125, 126 or 127.
     """
     request = Request(arguments)
+    process.hold_signals(_PASSED_ON)
+    if request.terminal:
+        process.load_terminal()
     known = _running(request.directory)
     bundle = bundles.read(request.directory)
     pidfd = syscalls.pidfd_open(known["init"]["pid"])
@@ -87,6 +90,7 @@ def main(arguments: Sequence[str]) -> int:
         raise _not_running(request.directory)
     pid, terminal_fd = _start(request, bundle, known, pidfd)
     os.close(pidfd)
+    process.pass_signals(_PASSED_ON, pid)
     if request.pid_fd >= 0:
         os.write(request.pid_fd, f"{pid}\n".encode())
         os.close(request.pid_fd)
@@ -203,16 +207,7 @@ def _join_and_execute(
 
 
 def _wait(pid: int, lifeline_fd: int) -> int:
-    """Pass signals on until the process ends; the end of the lifeline kills it."""
-
-    def forward(number: int, _frame: object) -> None:
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            return
-
-    for number in _PASSED_ON:
-        _signal.signal(number, forward)
+    """Return the status of the process; the end of the lifeline kills it."""
     if lifeline_fd >= 0:
         _watch(pid, lifeline_fd)
     _, status = os.waitpid(pid, 0)

@@ -54,6 +54,7 @@ def run(*, bundle: str, container_id: str, root: str | None = None) -> int:
     if not container_id or container_id.startswith(".") or not _ID_CHARACTERS.issuperset(container_id):
         raise ContainerError(f"`{container_id}` is no container id", hint="use letters, digits and _ . - +")
     loaded = bundles.read(bundle)
+    process.hold_signals(_FORWARDED)
     if loaded.ports:
         raise ContainerError(
             "a container without a shim cannot publish ports", hint="start it with `mlenv run -d`"
@@ -87,31 +88,15 @@ def _run(bundle: Bundle, container_id: str, directory: str) -> int:
     known: dict[str, Any] = {"id": container_id, "bundle": bundle.path, "owner": state.identity(os.getpid())}
     try:
         started = surroundings.start(bundle, known, directory, note=lambda note: state.write(directory, note))
+        process.pass_signals(_FORWARDED, started.pid)
         for problem in known["warnings"]:
             os.write(2, f"warning: {problem}\n".encode())
         if started.terminal_fd is not None:
             from mlenv.container import terminal
 
             return terminal.proxy(started.terminal_fd, started.pid)
-        return _wait(started)
+        _, status = os.waitpid(started.pid, 0)
+        return process.exit_status(status)
     finally:
         for held in surroundings.undo(known):
             os.write(2, f"warning: a control group stays behind: {held}\n".encode())
-
-
-def _wait(started: process.Started) -> int:
-    """Pass signals on until the process ends, and return its exit status."""
-    _forward_signals(started.pid)
-    _, status = os.waitpid(started.pid, 0)
-    return process.exit_status(status)
-
-
-def _forward_signals(pid: int) -> None:
-    def forward(number: int, _frame: object) -> None:
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            return
-
-    for number in _FORWARDED:
-        _signal.signal(number, forward)

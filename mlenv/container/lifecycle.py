@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mlenv import paths
-from mlenv.container import attaching, logfile, record, removal, state, surroundings
+from mlenv.container import attaching, logfile, record, removal, state
 from mlenv.container import bundle as bundles
 from mlenv.errors import (
     ContainerError,
@@ -37,6 +37,9 @@ CORE = Path(__file__).with_name("__main__.py")
 _SIGTERM, _SIGKILL = 15, 9
 _KILL_DEADLINE = 10.0
 """Seconds that the kernel gets to end what has been killed."""
+_LOG_PAUSE = 0.1
+"""Seconds between two looks at a log that is followed."""
+_LOG_CHUNK = 1 << 20
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
 
 
@@ -404,6 +407,8 @@ def _swept(directory: str) -> dict[str, Any]:
         return known
     rebooted = known["shim"]["boot_id"] != state.boot_id()
     if not rebooted:
+        from mlenv.container import surroundings
+
         surroundings.undo(known)
         _unlink(known.get("socket"))
     if known["status"] == Status.RUNNING.value:
@@ -436,6 +441,8 @@ def _sweep_foreground() -> None:
             continue
         try:
             if (directory / state.STATE_FILE).exists():
+                from mlenv.container import surroundings
+
                 surroundings.undo(state.read(str(directory)))
             removal.remove_tree(str(directory))
         finally:
@@ -605,16 +612,79 @@ def logs(
     `tail` counts the last lines of text, `since` is seconds of the epoch; `follow` goes on until it ends.
     """
     directory = str(container.bundle)
-    entries = [entry for entry in _stored(directory) if since is None or entry[0] >= since]
-    yield from _last_lines(entries, tail)
-    if follow:
-        yield from _followed(container)
+    lines = _Lines(directory)
+    try:
+        entries = [entry for entry in lines.read_all() if since is None or entry[0] >= since]
+        yield from _last_lines(entries, tail)
+        while follow and lines.wait():
+            for _, stream, data in lines.read_more():
+                yield stream, data
+    finally:
+        lines.close()
 
 
-def _stored(directory: str) -> Iterator[tuple[float, str, bytes]]:
-    for name in logfile.files(directory):
-        with open(name, "rb") as lines:
-            yield from logfile.entries(iter(lines))
+class _Lines:
+    """The reading side of a log: where it has got to, over rotations."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._path = os.path.join(directory, logfile.NAME)
+        self._pending = b""
+        self._file = self._open()
+
+    def _open(self) -> BinaryIO | None:
+        try:
+            return open(self._path, "rb")
+        except FileNotFoundError:  # it has never been started
+            return None
+
+    def read_all(self) -> Iterator[tuple[float, str, bytes]]:
+        """Yield every entry that is there, older files first; `read_more` goes on behind it."""
+        for name in logfile.files(self._directory)[:-1]:
+            with open(name, "rb") as older:
+                yield from logfile.entries(iter(older))
+        yield from self.read_more()
+
+    def read_more(self) -> Iterator[tuple[float, str, bytes]]:
+        """Yield the entries written since the last call."""
+        if self._file is None:
+            self._file = self._open()
+        if self._file is None:
+            return
+        while chunk := self._file.read(_LOG_CHUNK):
+            lines, newline, self._pending = (self._pending + chunk).rpartition(b"\n")
+            if newline:
+                yield from logfile.entries(line + b"\n" for line in lines.split(b"\n"))
+
+    def wait(self) -> bool:
+        """Wait for more to read; False once the container has ended and all has been read."""
+        if self._file is not None and self._has_more():
+            return True
+        try:
+            shim = state.read(self._directory).get("shim")
+        except FileNotFoundError:
+            return False
+        if shim and not _await_end(shim, _LOG_PAUSE):
+            return True
+        return self._file is not None and self._has_more()
+
+    def _has_more(self) -> bool:
+        if self._file is None:
+            return False
+        if os.fstat(self._file.fileno()).st_size > self._file.tell():
+            return True
+        if not os.path.exists(self._path) or os.path.samestat(
+            os.stat(self._path), os.fstat(self._file.fileno())
+        ):
+            return False
+        self._file.close()  # it was rotated away and has been read to its end
+        self._file = self._open()
+        return True
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
 
 
 def _last_lines(entries: Sequence[tuple[float, str, bytes]], tail: int | None) -> Iterator[tuple[str, bytes]]:
@@ -631,35 +701,6 @@ def _last_lines(entries: Sequence[tuple[float, str, bytes]], tail: int | None) -
                 break
         pieces = pieces[start_at:]
     yield from pieces
-
-
-def _followed(container: Container) -> Iterator[tuple[str, bytes]]:
-    """Yield what is written from now on."""
-    directory = str(container.bundle)
-    path = os.path.join(directory, logfile.NAME)
-    file = open(path, "rb")  # noqa: SIM115 - replaced at rotation
-    file.seek(0, os.SEEK_END)
-    pending = b""
-    try:
-        while True:
-            pending += file.read()
-            lines, _, pending = pending.rpartition(b"\n")
-            if lines:
-                for _, stream, data in logfile.entries(iter(line + b"\n" for line in lines.split(b"\n"))):
-                    yield stream, data
-                continue
-            if os.path.exists(path) and os.stat(path).st_ino != os.fstat(file.fileno()).st_ino:
-                file.close()
-                file = open(path, "rb")  # noqa: SIM115
-                continue
-            try:
-                shim = state.read(directory).get("shim")
-            except FileNotFoundError:
-                return
-            if (not shim or _await_end(shim, 0.1)) and not file.peek(1):
-                return
-    finally:
-        file.close()
 
 
 def exec_command(

@@ -48,10 +48,11 @@ DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 class Channel:
     """One end of a socket between parent and child: messages with a kind, a text and perhaps a descriptor."""
 
-    __slots__ = ("socket",)
+    __slots__ = ("_returned", "socket")
 
     def __init__(self, socket: _socket.socket) -> None:
         self.socket = socket
+        self._returned: list[tuple[str, str, int | None]] = []
 
     @staticmethod
     def pair() -> tuple[Channel, Channel]:
@@ -69,6 +70,8 @@ class Channel:
 
     def receive(self) -> tuple[str, str, int | None]:
         """Return the next message; the kind is empty at the end of the channel."""
+        if self._returned:
+            return self._returned.pop()
         data, ancillary, _, _ = self.socket.recvmsg(
             _MESSAGE_MAX, _socket.CMSG_SPACE(4), getattr(_socket, "MSG_CMSG_CLOEXEC", 0x40000000)
         )
@@ -78,6 +81,10 @@ class Channel:
                 descriptor = int.from_bytes(rights[:4], sys.byteorder)
         word, _, text = data.decode(errors="surrogateescape").partition(" ")
         return word, text, descriptor
+
+    def put_back(self, kind: str) -> None:
+        """Have the next `receive` return this message again."""
+        self._returned.append((kind, "", None))
 
     def close(self) -> None:
         """Close this end."""
@@ -197,12 +204,24 @@ def _fork_mapped(plan: Plan, ours: Channel, theirs: Channel) -> tuple[int, IdMap
         expect(ours, "user")
         id_map = namespaces.write_map(plan.id_map, middle)
         ours.send("mapped", id_map.mode)
-        pid = int(expect(ours, "pid"))
+        pid = _receive_pid(ours)
     except BaseException:
         end(middle)
         raise
     os.waitpid(middle, 0)
     return pid, id_map
+
+
+def _receive_pid(channel: Channel) -> int:
+    """Return PID 1's host pid, told by the middle process; PID 1 may be quicker to say "ready"."""
+    word, text, _ = channel.receive()
+    if word == "ready":
+        pid = int(expect(channel, "pid"))
+        channel.put_back(word)
+        return pid
+    if word != "pid":
+        raise _as_error(word, text)
+    return int(text)
 
 
 def _run_middle(plan: Plan, channel: Channel) -> NoReturn:
@@ -255,7 +274,6 @@ def _assemble_and_execute(plan: Plan, channel: Channel) -> None:
     bundle, process = plan.bundle, plan.bundle.process
     os.setsid()
     _own_stdio(plan, channel)
-    syscalls.set_dumpable(0)
     _enter_namespaces(bundle)
     channel.send("ready")
     root_fd = rootfs.assemble(
@@ -268,6 +286,8 @@ def _assemble_and_execute(plan: Plan, channel: Channel) -> None:
     _name_host(bundle)
     identity = read_identity(bundle, root_fd)
     expect(channel, "go")
+    # Not earlier: the helpers of a user's network may not look into a process that hides.
+    syscalls.set_dumpable(0)
     if "cgroup" in bundle.namespaces:
         _enter("cgroup", bundle.namespaces["cgroup"])
     if process.get("terminal"):
@@ -591,6 +611,33 @@ def finish(channel: Channel) -> int | None:
             if terminal_fd is not None:
                 os.close(terminal_fd)
             raise _as_error(word, text)
+
+
+def hold_signals(numbers: Sequence[int]) -> None:
+    """Keep signals back until `pass_signals`: none is lost, and none ends us half-way."""
+    _signal.pthread_sigmask(_signal.SIG_BLOCK, numbers)
+
+
+def pass_signals(numbers: Sequence[int], pid: int) -> None:
+    """Pass signals on to `pid` from now on, those that were held back first."""
+
+    def forward(number: int, _frame: object) -> None:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            return
+
+    for number in numbers:
+        _signal.signal(number, forward)
+    _signal.pthread_sigmask(_signal.SIG_UNBLOCK, numbers)
+
+
+def load_terminal() -> None:
+    """Import what `open_terminal` needs, while the host's files can still be read."""
+    import fcntl  # noqa: F401
+    import termios  # noqa: F401
+
+    from mlenv.container import devices  # noqa: F401
 
 
 def exit_status(wait_status: int) -> int:

@@ -86,10 +86,11 @@ def read(path: str) -> Any:
 
 def write(path: str, value: Any) -> None:
     """Replace the file `path` by the JSON of `value` in one step, mode 0600."""
+    content = serialise(value)
     temporary = f"{path}.{os.getpid()}.tmp"
     target_fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        os.write(target_fd, serialise(value))
+        os.write(target_fd, content)
     except OSError:
         os.unlink(temporary)
         raise

@@ -184,7 +184,7 @@ def _ranges(verdicts: Verdicts, default: int, last: int) -> list[tuple[int, list
 
 
 def _leaf(rules: Sequence[tuple[Conditions, int]], default: int) -> list[bytes]:
-    """Return the code for one number: conditional rules in turn, then the unconditional one or the default."""
+    """Return the code for one number: conditional rules in turn, then the unconditional one or default."""
     code: list[bytes] = []
     final = default
     for conditions, action in rules:

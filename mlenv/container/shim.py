@@ -91,6 +91,14 @@ def _answer(answer_fd: int, answer: dict[str, Any]) -> bool:
     return True
 
 
+def _complain(text: str) -> None:
+    """Write to the shim's own log, which may lie on the full disk that is complained about."""
+    try:
+        os.write(2, f"{text}\n".encode())
+    except OSError:
+        return
+
+
 class Client:
     """Someone attached: what is still to be sent, and whether output waits for it."""
 
@@ -133,6 +141,7 @@ class Shim:
         self.terminal = bool(bundle.process.get("terminal"))
         if bundle.ports:
             self._bind(bundle.ports)
+        state.reserve(self.directory)
         self.log = Log(self.directory)
         self._listen()
         theirs = self._streams()
@@ -145,8 +154,7 @@ class Shim:
         if started.terminal_fd is not None:
             self._own_terminal(started.terminal_fd)
         if self.listeners:
-            surroundings.publish(self.listeners, self.known, self.directory)
-            self.listeners = []
+            self._publish()
         from mlenv.container import syscalls
 
         self.pidfd = syscalls.pidfd_open(self.pid)
@@ -158,6 +166,16 @@ class Shim:
 
         self.listeners = forward.bind([_Published(port) for port in ports])
         self.known["ports"] = [{**listener.as_dict(), "protocol": "tcp"} for listener in self.listeners]
+
+    def _publish(self) -> None:
+        """Start the forwarder; a container that has ended by now needs none."""
+        try:
+            surroundings.publish(self.listeners, self.known, self.directory)
+        except OSError:
+            if state.is_alive(self.known.get("init")):
+                raise
+            return
+        self.listeners = []
 
     def _note(self, known: dict[str, Any]) -> None:
         state.write(self.directory, known)
@@ -459,7 +477,10 @@ class Shim:
             if os.path.exists(self.known["socket"]):
                 os.unlink(self.known["socket"])
         self.known |= {"socket": None, "init": None, "shim": None}
-        self._note(self.known)
+        try:
+            self._note(self.known)
+        except OSError as error:  # the old note names us: its reader finds us dead
+            _complain(f"the state could not be written: {error}")
 
 
 class _Published:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from typing import Any
 
 STATE_FILE = "state.json"
+_RESERVE_FILE = "state.reserve"
+_RESERVE_SIZE = 16384
+"""Bytes; a state is a tenth of it."""
 _START_TIME_FIELD = 19
 """Index of starttime after the command's name. Source: proc_pid_stat(5), field 22."""
 
@@ -61,8 +64,27 @@ def read(directory: str) -> dict[str, Any]:
 
 
 def write(directory: str, value: dict[str, Any]) -> None:
-    """Replace a container's state."""
-    record.write(os.path.join(directory, STATE_FILE), value)
+    """Replace a container's state; on a full disk in the room that `reserve` has kept. Raises: OSError."""
+    path = os.path.join(directory, STATE_FILE)
+    try:
+        record.write(path, value)
+    except OSError as error:
+        kept = os.path.join(directory, _RESERVE_FILE)
+        if error.errno != errno.ENOSPC or not os.path.exists(kept):
+            raise
+        os.unlink(kept)
+        record.write(path, value)
+
+
+def reserve(directory: str) -> None:
+    """Keep room for one more state, so that a container that has filled the disk can still be seen to end."""
+    kept_fd = os.open(
+        os.path.join(directory, _RESERVE_FILE), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600
+    )
+    try:
+        os.write(kept_fd, bytes(_RESERVE_SIZE))
+    finally:
+        os.close(kept_fd)
 
 
 def lock(directory: str, *, wait: bool = True) -> int | None:

@@ -45,7 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for polite_end in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(polite_end) is not signal.SIG_IGN:  # nohup(1) asks to outlive the terminal
             signal.signal(polite_end, _interrupt)
-    sys.exit(run(words))
+    try:
+        status = run(words)
+    except KeyboardInterrupt:  # between the command's end and ours
+        status = 130
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is over: a late Ctrl-C must not change the status
+    sys.exit(status)
 
 
 def run(words: Sequence[str]) -> int:

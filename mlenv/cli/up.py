@@ -75,7 +75,7 @@ def command(
         kernelspec.install_environment(up)
         if server is not None:
             server.wait()
-    _announce(up, server, progress, as_json=as_json, browser=not (no_browser or detach or no_jupyter))
+        _announce(up, server, progress, as_json=as_json, browser=not (no_browser or detach or no_jupyter))
 
 
 def _server(folder: Path, port: int | None, undo: ExitStack, progress: Progress) -> Server:

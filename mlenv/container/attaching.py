@@ -115,7 +115,10 @@ class Session:
         return self.status
 
     def _take_messages(self) -> bool:
-        data = self._connection.recv(_CHUNK)
+        try:
+            data = self._connection.recv(_CHUNK)
+        except ConnectionResetError:  # the shim ended with a message of ours unread; all of its own was read
+            return False
         if not data:
             return False
         for kind, payload in self._reader.feed(data):

@@ -41,10 +41,10 @@ def section(*, image: str, rootfs_tar: Path, docker: Docker | None, work: Path, 
     ]
     made = race("start of `true` in a container", contenders, rounds=rounds, targets=TARGETS)
     made.notes.append(
-        "mlenv core, crun and runc run one bundle: new namespaces with no network set up, a cgroup,"
+        "mlenv core, crun and runc run one bundle, as mlenv writes it: namespaces, cgroup, seccomp,"
     )
     made.notes.append(
-        "seccomp as `runc spec` leaves it; the others are whole commands with their default network"
+        "a plain directory as root and no network; the others are whole commands with their defaults"
     )
     return made
 

@@ -22,6 +22,7 @@ import re
 import stat
 import zipfile
 import zlib
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -101,11 +102,22 @@ def unpack_wheel(wheel: Path, root: Path, *, python: str) -> LayerFacts:
         with (
             wheel.open("rb") as file,
             zipfile.ZipFile(file) as archive,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+            _mapped(file.fileno()) as data,
         ):
             return _unpack(archive, data, wheel, root, python)
     except _DAMAGE as error:
         raise _bad(wheel, f"{type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _mapped(descriptor: int) -> Iterator[mmap.mmap]:
+    """Map a file; pieces of it that a failure's traceback holds keep the mapping a while, and hide no failure."""
+    data = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+    try:
+        yield data
+    finally:
+        with suppress(BufferError):
+            data.close()
 
 
 def _bad(wheel: Path, cause: str) -> BadWheelError:
@@ -389,16 +401,21 @@ class _TreeWriter:
         if member.info is None:
             yield member.content
             return
-        crc = 0
+        crc, left = 0, member.info.file_size
         for chunk in self._inflated(member.info):
+            left -= len(chunk)
+            if left < 0:
+                raise _bad(self._wheel, f"`{member.path}` holds more bytes than it claims")
             # sha256 says it better where RECORD has one.
             crc = zlib.crc32(chunk, crc) if member.hash is None else 0
             yield chunk
+        if left:
+            raise _bad(self._wheel, f"`{member.path}` holds fewer bytes than it claims")
         if member.hash is None and crc != member.info.CRC:
             raise _bad(self._wheel, f"the checksum of `{member.path}` does not match")
 
     def _inflated(self, info: zipfile.ZipInfo) -> Iterator[bytes]:
-        """Yield a file's bytes, never more than its directory entry claims."""
+        """Yield a file's bytes."""
         start = self._content_offset(info)
         packed = memoryview(self._data)[start : start + info.compress_size]
         try:

@@ -119,7 +119,7 @@ def machine() -> dict[str, str]:
         "runc": peers.version("runc", "--version"),
         "podman": peers.version("podman", "--version"),
         "docker": peers.version("dockerd", "--version"),
-        "uv": peers.version("uv", "--version"),
+        "uv": peers.version(str(Path(sys.prefix) / "bin" / "uv"), "--version"),
     }
 
 

@@ -93,7 +93,7 @@ def engines(rootfs_tar: Path, docker: Docker | None, work: Path) -> list[Contend
         command = podman(work / "podman")
 
         def run_podman() -> None:
-            call(*command, "run", "--rm", "bench", "true")
+            call(*command, "run", "--rm", "--ulimit=host", "bench", "true")
 
         rows.append(
             Contender(name="podman run --rm", run=run_podman, prepare=_once_only(command, rootfs_tar))

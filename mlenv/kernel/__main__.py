@@ -55,7 +55,9 @@ async def run(environment: str, connection_file: Path, extra: list[str]) -> int:
             container,
             ["python", "-m", "ipykernel_launcher", "-f", str(connection.file), *extra],
             connection=connection,
-            env=kernel_variables(os.environ, container=container_variables(container.config), kernelspec={}),
+            variables=kernel_variables(
+                os.environ, container=container_variables(container.config), kernelspec={}
+            ),
             cwd=container_path(container.config, Path.cwd()),
             stdio={},
         )

@@ -7,6 +7,7 @@ Source: jupyter_client documentation, "Connection files"; zmq_ipc(7).
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
@@ -30,12 +31,14 @@ class Connection:
     """Where one kernel listens and how its messages are signed.
 
     `directory` is the same inside and outside. `first_port` numbers the sockets: `s-PORT` to `s-PORT+4`.
-    `signing` holds the front end's other keys (`key`, `signature_scheme`, `curve_*`) as text.
+    `signing` holds the front end's other keys (`key`, `signature_scheme`, `curve_*`) as text. `held_fd` is
+    the directory's descriptor, locked as long as the process lives that will remove it; -1 in any other.
     """
 
     directory: Path
     first_port: int
     signing: Mapping[str, str]
+    held_fd: int = -1
 
     @property
     def file(self) -> Path:
@@ -72,17 +75,56 @@ class Connection:
             json.dump(self.document, file)
 
     def remove(self) -> None:
-        """Remove the directory with everything in it, if it is still there."""
-        with suppress(FileNotFoundError):
-            shutil.rmtree(self.directory)
+        """Remove the directory with everything in it, if it is still there. To be called once."""
+        _remove(self.directory)
+        if self.held_fd >= 0:
+            os.close(self.held_fd)
 
 
 def new_connection(container_id: str, signing: Mapping[str, str]) -> Connection:
-    """Make a directory for one kernel of a container and return its connection."""
+    """Make a directory for one kernel of a container and return its connection.
+
+    What kernels left whose front end was killed is removed on the way.
+    """
     parent = paths.private_dir(paths.kernel_dir(container_id))
-    name = secrets.token_hex(4)
-    (parent / name).mkdir(mode=0o700)
+    parent_fd = _locked(parent, wait=True)
+    try:
+        _sweep(parent)
+        directory = parent / secrets.token_hex(4)
+        directory.mkdir(mode=0o700)
+        held_fd = _locked(directory, wait=True)
+    finally:
+        os.close(parent_fd)
     # Numbers differ between kernels, because jupyter_server tells by them that a restarted kernel moved.
-    return Connection(
-        directory=parent / name, first_port=1 + 5 * secrets.randbelow(1 << 14), signing=dict(signing)
-    )
+    first_port = 1 + len(CHANNELS) * secrets.randbelow(1 << 13)
+    return Connection(directory=directory, first_port=first_port, signing=dict(signing), held_fd=held_fd)
+
+
+def _sweep(parent: Path) -> None:
+    """Remove the directories that nobody holds any more."""
+    for directory in parent.iterdir():
+        try:
+            free_fd = _locked(directory, wait=False)
+        except BlockingIOError:
+            continue
+        _remove(directory)
+        os.close(free_fd)
+
+
+def _locked(directory: Path, *, wait: bool) -> int:
+    """Return the descriptor of a directory with a lock that ends when the descriptor is closed, or we die.
+
+    Raises: BlockingIOError where another holds it and we do not wait.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _remove(directory: Path) -> None:
+    with suppress(FileNotFoundError):
+        shutil.rmtree(directory)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import PurePosixPath
 
     from mlenv.kernel.connection import Connection
+    from mlenv.kernel.variables import Variables
 
 START_DEADLINE = 60.0
 """Seconds a kernel has to listen on its sockets: a cold disk and a loaded machine need many."""
@@ -133,7 +134,7 @@ async def start_kernel(
     args: Sequence[str],
     *,
     connection: Connection,
-    env: Mapping[str, str],
+    variables: Variables,
     cwd: PurePosixPath | None,
     stdio: Mapping[str, Any],
 ) -> KernelProcess:
@@ -145,7 +146,7 @@ async def start_kernel(
     Raises: KernelError, with the end of the kernel's stderr, and nothing left running.
     """
     connection.prepare()
-    child, pid_fd, lifeline_fd = _spawn(container, args, env=env, cwd=cwd, stdio=stdio)
+    child, pid_fd, lifeline_fd = _spawn(container, args, variables=variables, cwd=cwd, stdio=stdio)
     stderr = StderrTail(child.stderr)
     kernel = KernelProcess(child, 0, lifeline_fd, stderr)
     try:
@@ -163,7 +164,7 @@ def _spawn(
     container: lifecycle.Container,
     args: Sequence[str],
     *,
-    env: Mapping[str, str],
+    variables: Variables,
     cwd: PurePosixPath | None,
     stdio: Mapping[str, Any],
 ) -> tuple[subprocess.Popen[bytes], int, int]:
@@ -172,13 +173,20 @@ def _spawn(
     lifeline_in, lifeline_fd = os.pipe()
     try:
         argv = lifecycle.exec_command(
-            container, args, env=env, cwd=str(cwd) if cwd else None, pid_fd=pid_out, lifeline_fd=lifeline_in
+            container,
+            args,
+            env=variables.explicit,
+            inherited=sorted(variables.inherited),
+            cwd=str(cwd) if cwd else None,
+            pid_fd=pid_out,
+            lifeline_fd=lifeline_in,
         )
         child = subprocess.Popen(
             argv,
             stdin=stdio.get("stdin", subprocess.DEVNULL),
             stdout=stdio.get("stdout"),
             stderr=stdio.get("stderr", subprocess.PIPE),
+            env={**os.environ, **variables.inherited},
             pass_fds=(pid_out, lifeline_in),
             start_new_session=True,
         )

@@ -21,7 +21,7 @@ from mlenv.errors import KernelError
 from mlenv.kernel import folders
 from mlenv.kernel.connection import Connection, new_connection
 from mlenv.kernel.process import KernelProcess, running_container, start_kernel
-from mlenv.kernel.variables import container_variables, kernel_variables
+from mlenv.kernel.variables import Variables, container_variables, kernel_variables
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -88,7 +88,7 @@ class MlenvProvisioner(KernelProvisionerBase):
                 self._place.container,
                 cmd,
                 connection=self._place.connection,
-                env=self._variables(config, kwargs.get("env", os.environ)),
+                variables=self._variables(config, kwargs.get("env", os.environ)),
                 cwd=self._folder(config, kwargs.get("cwd")),
                 stdio={name: kwargs[name] for name in _STDIO if kwargs.get(name) is not None},
             )
@@ -192,7 +192,7 @@ class MlenvProvisioner(KernelProvisionerBase):
         signing = {"key": session.key.decode(), "signature_scheme": session.signature_scheme}
         return new_connection(container.id, signing)
 
-    def _variables(self, config: Mapping[str, Any], host: Mapping[str, str]) -> dict[str, str]:
+    def _variables(self, config: Mapping[str, Any], host: Mapping[str, str]) -> Variables:
         named = self.kernel_spec.env if self.kernel_spec else {}
         kernelspec = {name: host[name] for name in named if name in host}
         return kernel_variables(host, container=container_variables(config), kernelspec=kernelspec)

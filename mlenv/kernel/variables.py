@@ -6,6 +6,7 @@ most variables still mean the same; those that name the host's files, user, disp
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -63,19 +64,33 @@ _HOST_ONLY_PREFIXES = (
 )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variables:
+    """What a kernel sees beside its container's own variables.
+
+    `inherited` come from the front end; they go through our processes' environment, since their values
+    (tokens, keys) must not show in `ps`. `explicit` come from the spec; they never touch the environment of a
+    process of the host, which an `LD_PRELOAD` among them would take over.
+    """
+
+    inherited: Mapping[str, str]
+    explicit: Mapping[str, str]
+
+
 def kernel_variables(
     host: Mapping[str, str], *, container: Mapping[str, str], kernelspec: Mapping[str, str]
-) -> dict[str, str]:
-    """Return the variables to set for a kernel, beside those its container has anyway.
+) -> Variables:
+    """Return the variables to set for a kernel.
 
     `container` (the image's and the spec's) wins over `host`, and `kernelspec` wins over both.
     """
-    passed = {name: value for name, value in host.items() if _is_portable(name) and name not in container}
-    passed.update({name: value for name, value in kernelspec.items() if not name.startswith("MLENV_")})
+    explicit = {name: value for name, value in kernelspec.items() if not name.startswith("MLENV_")}
     # ipykernel ends itself when the process of this number is not its parent; 1 switches that watch off, and
     # the container's lifeline does its work (ipykernel/kernelapp.py, init_poller).
-    passed["JPY_PARENT_PID"] = "1"
-    return passed
+    explicit["JPY_PARENT_PID"] = "1"
+    decided = container.keys() | explicit.keys()
+    inherited = {name: value for name, value in host.items() if _is_portable(name) and name not in decided}
+    return Variables(inherited=inherited, explicit=explicit)
 
 
 def container_variables(config: Mapping[str, Any]) -> dict[str, str]:

@@ -102,9 +102,7 @@ def test_it_shows_environments_only_and_new_ones_without_restart(home, folder, f
     }
     logo = shown["train"]["resources"]["logo-svg"]
     assert api.request(running.port, running.token, "GET", logo)[0] == 200
-    assert (
-        api.request(running.port, running.token, "POST", "/api/kernels")[0] == 500
-    )
+    assert api.request(running.port, running.token, "POST", "/api/kernels")[0] == 500
     assert api.kernels(running) == ()
 
 
@@ -151,7 +149,8 @@ def test_a_server_that_cannot_start_is_an_error_with_its_last_words(home, folder
 def test_two_commands_at_once_share_one_server(home, folder, free_port):
     script = (
         "import sys; from pathlib import Path; from mlenv.jupyter import server\n"
-        "s = server.start_or_join(Path(sys.argv[1]), port=int(sys.argv[2])); s.wait(); print(s.url, s.started)"
+        "s = server.start_or_join(Path(sys.argv[1]), port=int(sys.argv[2])); s.wait()\n"
+        "print(s.url, s.started)"
     )
     command = [sys.executable, "-c", script, str(folder), str(free_port)]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]

@@ -1,6 +1,6 @@
 """Stands in for the core's `exec`: the same descriptors and statuses, and the host instead of a container.
 
-Run as a program it is the `exec` process. `tests/host/test_kernel_provisioner.py` checks the same with the core.
+Run as a program it is the `exec` process. `tests/host/test_jupyter_kernels.py` checks the same with the core.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ def containers(*, all: bool = True) -> list[SimpleNamespace]:  # noqa: A002 - th
     return running
 
 
-def exec_command(container, args, *, env, cwd=None, pid_fd=None, lifeline_fd=None):
-    variables = [word for name, value in env.items() for word in ("--env", f"{name}={value}")]
+def exec_command(container, args, *, env, inherited, cwd=None, pid_fd=None, lifeline_fd=None):
+    names = [*inherited, *(f"{name}={value}" for name, value in env.items())]
+    variables = [word for name in names for word in ("--env", name)]
     command = [sys.executable if args[0] == "python" else args[0], *args[1:]]
     return [
         sys.executable,
@@ -46,9 +47,9 @@ def main() -> int:
     pid_fd, lifeline_fd = int(sys.argv[1]), int(sys.argv[2])
     end = sys.argv.index("--")
     options, command = sys.argv[3:end], sys.argv[end + 1 :]
-    env = dict(
-        word.split("=", 1) for flag, word in zip(options[::2], options[1::2], strict=True) if flag == "--env"
-    )
+    pairs = zip(options[::2], options[1::2], strict=True)
+    words = [word if "=" in word else f"{word}={os.environ[word]}" for flag, word in pairs if flag == "--env"]
+    env = dict(word.split("=", 1) for word in words)
     home = {"HOME": os.environ["HOME"], "PATH": os.environ["PATH"]}
     try:
         child = subprocess.Popen(command, env={**home, **env}, cwd=options[-1], start_new_session=True)

@@ -5,20 +5,19 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-import stand_in
+from unit.kernel import stand_in
 
 from mlenv.container.state import start_time
 from mlenv.errors import KernelError
 from mlenv.kernel import process
 from mlenv.kernel.connection import CHANNELS, new_connection
+from mlenv.kernel.variables import Variables
 
+NOTHING = Variables(inherited={}, explicit={})
 LISTEN = """
 import json, socket, sys, time
 c = json.load(open(sys.argv[1]))
@@ -43,7 +42,12 @@ def connection():
 
 def start(args, connection, **stdio):
     return process.start_kernel(
-        process.running_container("train"), args, connection=connection, env={}, cwd=None, stdio=stdio
+        process.running_container("train"),
+        args,
+        connection=connection,
+        variables=NOTHING,
+        cwd=None,
+        stdio=stdio,
     )
 
 
@@ -167,7 +171,7 @@ def test_a_cancelled_start_leaves_nothing(connection):
 
 def test_descriptors_are_closed_again(connection):
     def open_descriptors():
-        return len(os.listdir("/proc/self/fd"))
+        return len(list(Path("/proc/self/fd").iterdir()))
 
     async def flow():
         kernel = await run(LISTEN, connection)

@@ -5,14 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-import sys
-from pathlib import Path
 
 import pytest
 from jupyter_client.manager import AsyncKernelManager
-
-sys.path.insert(0, str(Path(__file__).parent))
-import stand_in
+from unit.kernel import stand_in
 
 from mlenv import paths
 from mlenv.errors import KernelError
@@ -135,7 +131,8 @@ def test_a_folder_that_is_not_mounted_gives_the_containers_own_and_says_so(manag
 def test_the_kernelspec_wins_over_the_container_and_the_container_over_the_host(manager, monkeypatch):
     stand_in.running[0].config["process"]["env"] = ["A=image", "FROM_SPEC=image"]
     seen = launched_with(manager, monkeypatch, env={"A": "host", "B": "host", "PATH": "/host"})
-    assert seen["env"] == {"B": "host", "FROM_SPEC": "1", "JPY_PARENT_PID": "1"}
+    assert seen["variables"].inherited == {"B": "host"}
+    assert seen["variables"].explicit == {"FROM_SPEC": "1", "JPY_PARENT_PID": "1"}
 
 
 def test_another_lock_than_the_kernelspecs_is_noted(manager, monkeypatch, caplog):

@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import stat
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,8 +119,7 @@ def build_base(debs: Sequence[Deb], work: Path, *, run: Runner) -> None:
     Raises: ImageError with the end of dpkg's log where a package cannot be installed.
     """
     root = work / "fs"
-    root.mkdir()
-    started = time.time()
+    started = _made(root)
     controls = {deb.filename: read_control(deb.path) for deb in debs}
     essential = essential_closure(controls)
     _prepare_root(root)
@@ -145,8 +143,7 @@ def add_packages(debs: Sequence[Deb], work: Path, *, layers: Sequence[Path], run
     Raises: ImageError with the end of apt's log where a package cannot be installed.
     """
     upper = work / "fs"
-    upper.mkdir()
-    started = time.time()
+    started = _made(upper)
     epoch = int(layers[0].stat().st_mtime)
     script = _INSTALL_APT.format(packages=_arguments(sorted(deb.filename for deb in debs)))
     _install(script, debs, work, layers=layers, upper=upper, run=run, epoch=epoch)
@@ -163,8 +160,7 @@ def run_build_step(
     Raises: ImageError with the end of its output where it fails.
     """
     upper, log = work / "fs", work / "log"
-    upper.mkdir()
-    started = time.time()
+    started = _made(upper)
     epoch = int(layers[0].stat().st_mtime)
     settings = {**env, "HOME": "/root", "DEBIAN_FRONTEND": "noninteractive", "SOURCE_DATE_EPOCH": str(epoch)}
     status = run.run(
@@ -179,6 +175,12 @@ def run_build_step(
     clear_leftovers(upper)
     drop_mount_points(upper)
     normalise(upper, work / "pyc", epoch=epoch, started=started)
+
+
+def _made(directory: Path) -> float:
+    """Make a directory and return when, by the clock that files are stamped with: it runs behind time(2)."""
+    directory.mkdir()
+    return directory.stat().st_mtime
 
 
 def essential_closure(controls: Mapping[str, Control]) -> set[str]:

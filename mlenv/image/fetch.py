@@ -14,11 +14,12 @@ import functools
 import hashlib
 import os
 import shutil
+import socket
 import subprocess
 import threading
 import urllib.parse
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
@@ -45,6 +46,8 @@ RETRY_WAIT_MAX = 30.0
 """Longest wait before another attempt, in seconds, whatever a server asks for."""
 
 _CHUNK = 1 << 18
+_STOP_LATENCY = 0.2
+"""Seconds until downloads that were told to stop begin to."""
 _OK, _PARTIAL, _RANGE_NOT_SATISFIABLE = 200, 206, 416
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 _CA_VARIABLES = ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
@@ -93,10 +96,15 @@ def fetch_all(
     executor = ThreadPoolExecutor(min(CONNECTIONS, len(ordered)), thread_name_prefix="fetch")
     try:
         futures = {executor.submit(session.fetch, download): download for download in ordered}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+        pending = set(futures)
+        while pending:
+            done, pending = wait(pending, timeout=_STOP_LATENCY, return_when=FIRST_COMPLETED)
+            if session.stopped.is_set():
+                raise _stopped()
+            for future in done:
+                yield futures[future], future.result()
     finally:
-        session.stopped.set()
+        session.stop()
         executor.shutdown(wait=True, cancel_futures=True)
 
 
@@ -115,7 +123,18 @@ class _Session:
         self._progress_lock = threading.Lock()
         self._pools: dict[str | None, urllib3.PoolManager] = {}
         self._pools_lock = threading.Lock()
+        self._responses: set[urllib3.BaseHTTPResponse] = set()
         self.stopped = stopped
+
+    def stop(self) -> None:
+        """End what is under way; a server that is silent is not waited for."""
+        self.stopped.set()
+        with self._pools_lock:
+            for response in self._responses:
+                sock = getattr(response.connection, "sock", None)
+                if sock is not None:
+                    with suppress(OSError):
+                        sock.shutdown(socket.SHUT_RDWR)
 
     def fetch(self, download: Download) -> Path:
         """Return the checked file of a download."""
@@ -164,6 +183,8 @@ class _Session:
                 self._attempt(download, part)
                 return self._check(download, part)
             except (urllib3.exceptions.HTTPError, _TransientError, OSError) as error:
+                if self.stopped.is_set():
+                    raise _stopped() from error
                 if (
                     isinstance(error, OSError)
                     and error.errno is not None
@@ -178,7 +199,7 @@ class _Session:
     def _pause(self, failures: int, asked: float | None) -> None:
         wait = min(asked if asked is not None else 0.5 * 2 ** (failures - 1), RETRY_WAIT_MAX)
         if self.stopped.wait(wait):
-            raise DownloadError("the download was stopped")
+            raise _stopped()
 
     def _attempt(self, download: Download, part: _Part) -> None:
         headers = _authorization(download.url)
@@ -187,9 +208,13 @@ class _Session:
         response = self._pool(download).request(
             "GET", _without_credentials(download.url), headers=headers, preload_content=False, redirect=True
         )
+        with self._pools_lock:
+            self._responses.add(response)
         try:
             self._receive(download, part, response)
         finally:
+            with self._pools_lock:
+                self._responses.discard(response)
             response.close()
 
     def _receive(self, download: Download, part: _Part, response: urllib3.BaseHTTPResponse) -> None:
@@ -217,7 +242,7 @@ class _Session:
                 raise _TransientError("the server sent another range than it was asked for")
         for chunk in response.stream(_CHUNK, decode_content=False):
             if self.stopped.is_set():
-                raise DownloadError("the download was stopped")
+                raise _stopped()
             part.append(chunk)
             if download.size is not None and part.size > download.size:
                 raise _mismatch(download, f"more than {download.size} bytes")
@@ -309,6 +334,10 @@ def _status_hint(status: int) -> str:
     if status in {401, 403}:
         return "set up credentials for this server in ~/.netrc or in the index's URL"
     return "resolve anew: the file may have been removed from the server"
+
+
+def _stopped() -> DownloadError:
+    return DownloadError("the download was stopped", hint="run the command again: it resumes")
 
 
 def _mismatch(download: Download, found: str) -> DownloadError:

@@ -181,7 +181,9 @@ def tree_entries(root: Path) -> list[tuple[Entry, str]]:
     for path, source, status in found:
         entry = _entry(path, source, status, first_paths)
         if entry is not None:
-            entries.append((entry, source))
+            # A whiteout is an empty file in the layer, and a device on the disk.
+            is_empty = entry.is_file and not stat.S_ISREG(status.st_mode)
+            entries.append((entry, os.devnull if is_empty else source))
         if stat.S_ISDIR(status.st_mode) and _is_opaque(source):
             entries.append((Entry(path=f"{path}/{OPAQUE}"), os.devnull))
     entries.sort(key=lambda item: os.fsencode(item[0].path))

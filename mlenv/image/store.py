@@ -98,7 +98,7 @@ class Store:
     def _sweep(self) -> None:
         """Remove workspaces whose process is gone, and what lies in the trash."""
         for path in (self.root / "tmp").iterdir():
-            with suppress(FileNotFoundError, NotADirectoryError):
+            with suppress(FileNotFoundError):
                 descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -166,16 +166,12 @@ class Store:
 
     def write(self, path: Path, content: bytes) -> None:
         """Write a file whole or not at all, and keep it through a power cut."""
-        temporary = self.root / "tmp" / f"{os.getpid()}-{_start_time()}-{next(_counter)}.{path.name[:40]}"
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("xb") as file:
+        with self.workspace() as work:
+            with (work / "file").open("xb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+            (work / "file").replace(path)
 
     def add_blob(self, content: bytes) -> str:
         """Keep a manifest or config and return its digest."""

@@ -369,6 +369,9 @@ def _put_node(parent: int, name: str, entry: Entry) -> None:
         # Only root makes device nodes; a container gets its own /dev, so an image without them is whole.
         if entry.kind == FIFO:
             raise
+        return
+    os.chmod(name, entry.mode, dir_fd=parent)
+    os.utime(name, (entry.mtime, entry.mtime), dir_fd=parent)
 
 
 def _set_xattrs(descriptor: int, entry: Entry) -> None:

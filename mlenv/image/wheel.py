@@ -111,7 +111,7 @@ def unpack_wheel(wheel: Path, root: Path, *, python: str) -> LayerFacts:
 
 @contextmanager
 def _mapped(descriptor: int) -> Iterator[mmap.mmap]:
-    """Map a file; pieces of it that a failure's traceback holds keep the mapping a while, and hide no failure."""
+    """Map a file; what a failure's traceback still holds of it keeps the mapping, and hides no failure."""
     data = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
     try:
         yield data

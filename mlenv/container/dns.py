@@ -38,8 +38,8 @@ def start(address: str, servers: Sequence[str], netns_pid: int, *, log: str) -> 
     def work(ready: Callable[[], None]) -> None:
         datagrams, listener = _listen_inside(address, netns_pid)
         companion.die_with(parent)
-        ready()
         streams = forward.Carrier(servers)
+        ready()
         _thread.start_new_thread(streams.serve, ([listener],))
         _Datagrams(datagrams, servers).serve()
 

@@ -286,8 +286,9 @@ def start(
     def work(ready: Callable[[], None]) -> None:
         companion.join_namespaces(container_pid, parent, rootless=rootless)
         _signal.signal(_signal.SIGPIPE, _signal.SIG_IGN)
+        carrier = Carrier(targets)
         ready()
-        Carrier(targets).serve(listeners)
+        carrier.serve(listeners)
 
     return companion.start(work, keep=[listener.fd for listener in listeners], log=log)
 

@@ -1,7 +1,7 @@
 """What a user's container is given, asked from a process that is one: prints one JSON object.
 
 Started as root, which lays out a host with an uplink, a name server on its loopback and a /dev/net/tun that
-users may open; then it becomes uid 12345 and starts a container's network with the helper that is its argument.
+users may open; then it becomes uid 12345 and starts a container's network with the helper it is given.
 """
 
 from __future__ import annotations

@@ -18,8 +18,10 @@ import requires
 
 REPOSITORY = Path(__file__).parents[1]
 CORE = REPOSITORY / "mlenv" / "container" / "__main__.py"
-APPLETS = "sh true false cat ls id env mount umount ps sleep echo hostname kill grep head stty mkdir rm touch dd sort"
-MORE_APPLETS = "nproc yes stat unshare readlink wc tail chmod chown ln mknod tty test tr seq trap printf usleep wget"
+APPLETS = (
+    "sh true false cat ls id env mount umount ps sleep echo hostname kill grep head stty mkdir rm touch dd"
+)
+MORE_APPLETS = "sort nproc stat unshare readlink wc tail chmod chown mknod tty test tr seq printf usleep"
 NOBODY_IN_PARTICULAR = 12345
 """A uid without a name and so without subordinate ids."""
 
@@ -74,7 +76,9 @@ class User:
             chosen |= {"user": self.uid, "group": self.uid, "extra_groups": []}
         return chosen
 
-    def python_script(self, script: str, request: object = None, **options: Any) -> subprocess.CompletedProcess[str]:
+    def python_script(
+        self, script: str, request: object = None, **options: Any
+    ) -> subprocess.CompletedProcess[str]:
         """Run a script with the request as JSON on its stdin."""
         return subprocess.run(
             [self.python, "-c", script],
@@ -121,8 +125,8 @@ with tempfile.TemporaryDirectory(dir=os.environ["MLENV_HOME"]) as bundle:
     os.mkdir(f"{bundle}/rootfs")
     Path(f"{bundle}/config.json").write_text(json.dumps(made))
     import subprocess
-    done = subprocess.run([sys.executable, "-I", "-S", core, "run", "--bundle", bundle, f"test-{os.getpid()}"],
-                          stdin=subprocess.DEVNULL)
+    command = [sys.executable, "-I", "-S", core, "run", "--bundle", bundle, f"test-{os.getpid()}"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL)
     for folder, names, _ in os.walk(bundle):
         for name in names:
             if not os.path.islink(f"{folder}/{name}"):

@@ -1,7 +1,7 @@
 """What a container may leave behind, looked for before and after a test.
 
-Other containers may come and go on the machine meanwhile: a thing counts as left only if it is still there after a
-deadline and no living process of another `MLENV_HOME` accounts for it.
+Other containers may come and go on the machine meanwhile: a thing counts as left only if it is still there
+after a deadline and no living process of another `MLENV_HOME` accounts for it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ def cgroups() -> set[str]:
         _, controllers, path = line.split(":", 2)
         parent = CGROUPS / (controllers.removeprefix("name=") or "") / path.lstrip("/")
         if parent.is_dir():
-            found |= {str(group) for group in parent.glob("mlenv-*") if not (group / "cgroup.procs").read_text()}
+            found |= {
+                str(group) for group in parent.glob("mlenv-*") if not (group / "cgroup.procs").read_text()
+            }
     return found
 
 
@@ -52,7 +54,7 @@ def processes(home: Path) -> set[str]:
 
 
 def links() -> set[str]:
-    return {name for name in os.listdir("/sys/class/net") if name.startswith("mlenv")}
+    return {link.name for link in Path("/sys/class/net").glob("mlenv*")}
 
 
 def foreign_containers() -> bool:

@@ -40,22 +40,42 @@ class Group:
         """Return (controller, directory) of each."""
         return list(self.directories.items())
 
+    @property
+    def joins_itself(self) -> bool:
+        """Whether a process moves itself in: who writes 0 to v1's `tasks` needs no lock of all groups.
+
+        Any other way in waits 15 ms for an RCU grace period.
+        Source: kernel/cgroup/cgroup.c, cgroup_procs_write_start.
+        """
+        return self.version == 1
+
     def join(self, pid: int) -> None:
-        """Move the process `pid` in. A process that has ended is no error."""
-        for controller, directory in self.directories.items():
+        """Move the process `pid` in (v2). A process that has ended is no error."""
+        for directory in self.directories.values():
             try:
                 _write(os.path.join(directory, "cgroup.procs"), str(pid))
             except ProcessLookupError:
                 return
             except OSError as error:
-                self.problems.append(f"cgroup {controller or 'v2'}: {error.strerror}")
+                self.problems.append(f"{directory}: {error.strerror}")
+
+    def join_self(self) -> list[str]:
+        """Move this process in (v1) and return what went wrong."""
+        problems = []
+        for controller, directory in self.directories.items():
+            try:
+                _write(os.path.join(directory, "tasks"), "0")
+            except OSError as error:
+                problems.append(f"cgroup {controller} is not joined: {error.strerror}")
+        return problems
 
     def open_members(self) -> list[int]:
-        """Return the files that take members, opened: that outlives a change of user namespace."""
+        """Return the files that take members, opened: that outlives a change of namespaces."""
+        name = "tasks" if self.joins_itself else "cgroup.procs"
         opened = []
         for directory in self.directories.values():
             try:
-                opened.append(os.open(os.path.join(directory, "cgroup.procs"), os.O_WRONLY | os.O_CLOEXEC))
+                opened.append(os.open(os.path.join(directory, name), os.O_WRONLY | os.O_CLOEXEC))
             except OSError as error:
                 self.problems.append(f"{directory}: {error.strerror}")
         return opened
@@ -157,38 +177,6 @@ def _read(path: str) -> str:
             return file.read()
     except OSError:
         return ""
-
-
-def begin_attaching() -> int | None:
-    """Make the kernel ready for a process to change its group, beside whatever the caller does next.
-
-    The first change after a quiet while waits some 15 ms for every CPU (the lock of all groups is entered
-    through an RCU grace period), those that follow soon do not. A short-lived process moves itself to
-    where it already is. Return its pid, to be given to `end_attaching`; None where nothing can be
-    written.
-    """
-    try:
-        if os.path.exists(f"{ROOT}/cgroup.controllers"):
-            members = f"{ROOT}{own_paths().get('', '/').rstrip('/')}/cgroup.procs"
-        else:
-            members = f"{ROOT}/pids{own_paths().get('pids', '/').rstrip('/')}/cgroup.procs"
-        members_fd = os.open(members, os.O_WRONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.write(members_fd, b"0")
-        finally:
-            os._exit(0)
-    os.close(members_fd)
-    return pid
-
-
-def end_attaching(pid: int | None) -> None:
-    """Reap the process of `begin_attaching`."""
-    if pid is not None:
-        os.waitpid(pid, 0)
 
 
 def own_paths() -> dict[str, str]:

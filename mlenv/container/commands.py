@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-from mlenv.container import cgroups
 from mlenv.errors import ContainerError, MlenvError, UsageError
 
 TYPE_CHECKING = False
@@ -38,21 +37,17 @@ def _dispatch(arguments: list[str]) -> int:
         return 0  # whoever started us reaps this one; the shim itself belongs to the machine's init
     if command not in ("run", "exec", "shim"):
         return _quick(command, arguments)
-    helper = cgroups.begin_attaching()
-    try:
-        if command == "run":
-            from mlenv.container import foreground
+    if command == "run":
+        from mlenv.container import foreground
 
-            return foreground.run(**_options(arguments))
-        if command == "exec":
-            from mlenv.container import execution
+        return foreground.run(**_options(arguments))
+    if command == "exec":
+        from mlenv.container import execution
 
-            return execution.main(arguments)
-        from mlenv.container import shim
+        return execution.main(arguments)
+    from mlenv.container import shim
 
-        return shim.main(arguments)
-    finally:
-        cgroups.end_attaching(helper)
+    return shim.main(arguments)
 
 
 def _quick(command: str, arguments: list[str]) -> int:

@@ -11,6 +11,7 @@ import os
 import select
 
 from mlenv.container import bundle as bundles
+from mlenv.container import channel as channels
 from mlenv.container import namespaces, process, security, state, syscalls
 from mlenv.errors import ContainerError, NoSuchContainerError, UsageError
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any, NoReturn
 
-    from mlenv.container.process import Channel
+    from mlenv.container.channel import Channel
 
 _PASSED_ON = (
     _signal.SIGHUP,
@@ -123,28 +124,31 @@ def _start(
     request: Request, bundle: bundles.Bundle, known: dict[str, Any], pidfd: int
 ) -> tuple[int, int | None]:
     privileges = security.Privileges(bundle.process, bundle.system_call_filter)
-    members = state.group_of(known).open_members()
+    group = state.group_of(known)
+    members = group.open_members()
     if known["users"] != "root":
         syscalls.setns(pidfd, syscalls.CLONE_NEWUSER | syscalls.CLONE_NEWPID)
         os.setresgid(0, 0, 0)
         os.setresuid(0, 0, 0)
     elif "pid" in bundle.namespaces:
         syscalls.setns(pidfd, syscalls.CLONE_NEWPID)
-    ours, theirs = process.Channel.pair()
+    ours, theirs = channels.Channel.pair()
     pid = os.fork()
     if pid == 0:
         ours.close()
-        _run_child(request, bundle, known, theirs, pidfd=pidfd, privileges=privileges)
+        joining = members if group.joins_itself else []
+        _run_child(request, bundle, known, theirs, pidfd=pidfd, privileges=privileges, members=joining)
     theirs.close()
     try:
         for member_fd in members:
-            os.write(member_fd, str(pid).encode())
+            if not group.joins_itself:
+                os.write(member_fd, str(pid).encode())
             os.close(member_fd)
         ours.send("go")
-        return pid, process.finish(ours)
+        return pid, channels.finish(ours)
     except BrokenPipeError:
         process.end(pid)
-        raise process.reported(ours) from None
+        raise channels.reported(ours) from None
     except BaseException:
         process.end(pid)
         raise
@@ -160,11 +164,14 @@ def _run_child(
     *,
     pidfd: int,
     privileges: security.Privileges,
+    members: Sequence[int],
 ) -> NoReturn:
     try:
+        for member_fd in members:
+            os.write(member_fd, b"0")
         _join_and_execute(request, bundle, known, channel, pidfd=pidfd, privileges=privileges)
     except BaseException as error:  # noqa: BLE001 - everything is told to the parent
-        process.tell(channel, error)
+        channels.tell(channel, error)
     os._exit(125)
 
 
@@ -180,7 +187,7 @@ def _join_and_execute(
     os.setsid()
     syscalls.set_dumpable(0)
     process.keep_only({channel.socket.fileno(), pidfd})
-    process.expect(channel, "go")
+    channels.expect(channel, "go")
     joined = [kind for kind in bundle.namespaces if kind not in ("user", "pid")]
     syscalls.setns(pidfd, namespaces.flags(joined))
     os.close(pidfd)

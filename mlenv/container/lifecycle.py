@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from mlenv import paths
 from mlenv.container import attaching, logfile, record, removal, state
 from mlenv.container import bundle as bundles
+from mlenv.container.launching import core_command, spawn_shim
 from mlenv.errors import (
     ContainerError,
     ContainerStartError,
@@ -33,13 +34,11 @@ if TYPE_CHECKING:
 
     from mlenv.container.config import Port
 
-CORE = Path(__file__).with_name("__main__.py")
 _SIGTERM, _SIGKILL = 15, 9
 _KILL_DEADLINE = 10.0
 """Seconds that the kernel gets to end what has been killed."""
 _LOG_PAUSE = 0.1
 """Seconds between two looks at a log that is followed."""
-_LOG_CHUNK = 1 << 20
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
 
 
@@ -185,89 +184,13 @@ def start(container: Container, *, interactive: bool = False, attached: bool = F
         known = _swept(directory)
         if Status(known["status"]).is_running:
             raise ContainerError(f"the container `{container.name}` is running already")
-        answer, channel = _spawn_shim(directory, container.id, interactive=interactive, attached=attached)
+        answer, channel = spawn_shim(directory, container.id, interactive=interactive, attached=attached)
     if not answer.get("ok"):
         if channel is not None:
             channel.close()
         raise _start_error(answer, container)
     container.channel = channel
     _refresh(container)
-
-
-def _spawn_shim(
-    directory: str, container_id: str, *, interactive: bool, attached: bool
-) -> tuple[dict[str, Any], _socket.socket | None]:
-    import _socket
-
-    answer_read, answer_write = os.pipe()
-    ours = theirs = None
-    if attached:
-        ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
-    answer_fd, client_fd = 3, 4
-    # Descriptors are copied out of the way first, so that none is overwritten before it is used.
-    high_answer = _above(answer_write, 10)
-    actions: list[tuple[int, ...] | tuple[int, int, str, int, int]] = [
-        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-        (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
-        (os.POSIX_SPAWN_OPEN, 2, f"{directory}/shim.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
-        (os.POSIX_SPAWN_DUP2, high_answer, answer_fd),
-    ]
-    high_client = -1
-    if theirs is not None:
-        high_client = _above(theirs.fileno(), 10)
-        actions.append((os.POSIX_SPAWN_DUP2, high_client, client_fd))
-    socket_path = str(paths.socket_dir() / "a" / container_id[:12])
-    words = [
-        *core_command("shim"),
-        directory,
-        socket_path,
-        str(answer_fd),
-        str(client_fd if attached else -1),
-        "interactive" if interactive else "-",
-    ]
-    try:
-        pid = os.posix_spawn(sys.executable, words, os.environ, file_actions=actions)
-    finally:
-        for descriptor in (answer_write, high_answer, high_client):
-            if descriptor >= 0:
-                os.close(descriptor)
-        if theirs is not None:
-            theirs.close()
-    os.waitpid(pid, 0)
-    text = b""
-    try:
-        while chunk := os.read(answer_read, 65536):
-            text += chunk
-    finally:
-        os.close(answer_read)
-    if not text:
-        complaint = _tail(f"{directory}/shim.log")
-        return {
-            "message": "the container's shim ended without a word",
-            "cause": complaint,
-            "status": 125,
-        }, ours
-    answer: dict[str, Any] = record.parse(text.decode())
-    return answer, ours
-
-
-def _above(descriptor: int, lowest: int) -> int:
-    """Return a close-on-exec copy of a descriptor numbered `lowest` or higher."""
-    import fcntl
-
-    return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, lowest)
-
-
-def core_command(command: str) -> list[str]:
-    """Return the words that start the core as a fresh process; it must not be forked from a threaded one."""
-    return [sys.executable, "-I", "-S", str(CORE), command]
-
-
-def _tail(path: str) -> str | None:
-    try:
-        return Path(path).read_text("utf-8", "replace")[-2000:].strip() or None
-    except FileNotFoundError:
-        return None
 
 
 def _start_error(answer: Mapping[str, Any], container: Container) -> ContainerError:
@@ -591,6 +514,8 @@ def remove(container: Container, *, force: bool = False) -> None:
                 hint=f"`mlenv stop {container.name}`, or `rm -f`",
             )
         _delete(str(container.bundle))
+    if os.path.isdir(paths.kernel_dir(container.id)):
+        _delete(str(paths.kernel_dir(container.id)))
 
 
 def _delete(directory: str) -> None:
@@ -612,95 +537,24 @@ def logs(
     `tail` counts the last lines of text, `since` is seconds of the epoch; `follow` goes on until it ends.
     """
     directory = str(container.bundle)
-    lines = _Lines(directory)
+    lines = logfile.Lines(directory)
     try:
         entries = [entry for entry in lines.read_all() if since is None or entry[0] >= since]
-        yield from _last_lines(entries, tail)
-        while follow and lines.wait():
+        yield from logfile.last_lines(entries, tail)
+        while follow and lines.wait(lambda: _is_over(directory)):
             for _, stream, data in lines.read_more():
                 yield stream, data
     finally:
         lines.close()
 
 
-class _Lines:
-    """The reading side of a log: where it has got to, over rotations."""
-
-    def __init__(self, directory: str) -> None:
-        self._directory = directory
-        self._path = os.path.join(directory, logfile.NAME)
-        self._pending = b""
-        self._file = self._open()
-
-    def _open(self) -> BinaryIO | None:
-        try:
-            return open(self._path, "rb")
-        except FileNotFoundError:  # it has never been started
-            return None
-
-    def read_all(self) -> Iterator[tuple[float, str, bytes]]:
-        """Yield every entry that is there, older files first; `read_more` goes on behind it."""
-        for name in logfile.files(self._directory)[:-1]:
-            with open(name, "rb") as older:
-                yield from logfile.entries(iter(older))
-        yield from self.read_more()
-
-    def read_more(self) -> Iterator[tuple[float, str, bytes]]:
-        """Yield the entries written since the last call."""
-        if self._file is None:
-            self._file = self._open()
-        if self._file is None:
-            return
-        while chunk := self._file.read(_LOG_CHUNK):
-            lines, newline, self._pending = (self._pending + chunk).rpartition(b"\n")
-            if newline:
-                yield from logfile.entries(line + b"\n" for line in lines.split(b"\n"))
-
-    def wait(self) -> bool:
-        """Wait for more to read; False once the container has ended and all has been read."""
-        if self._file is not None and self._has_more():
-            return True
-        try:
-            shim = state.read(self._directory).get("shim")
-        except FileNotFoundError:
-            return False
-        if shim and not _await_end(shim, _LOG_PAUSE):
-            return True
-        return self._file is not None and self._has_more()
-
-    def _has_more(self) -> bool:
-        if self._file is None:
-            return False
-        if os.fstat(self._file.fileno()).st_size > self._file.tell():
-            return True
-        if not os.path.exists(self._path) or os.path.samestat(
-            os.stat(self._path), os.fstat(self._file.fileno())
-        ):
-            return False
-        self._file.close()  # it was rotated away and has been read to its end
-        self._file = self._open()
+def _is_over(directory: str) -> bool:
+    """Whether the container has ended, after a short wait."""
+    try:
+        shim = state.read(directory).get("shim")
+    except FileNotFoundError:
         return True
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
-
-
-def _last_lines(entries: Sequence[tuple[float, str, bytes]], tail: int | None) -> Iterator[tuple[str, bytes]]:
-    """Yield the entries' bytes, of the last `tail` lines only."""
-    pieces = [(stream, line) for _, stream, data in entries for line in data.splitlines(keepends=True)]
-    if tail is not None:
-        start_at = len(pieces)
-        missing = tail
-        while start_at and (missing or not pieces[start_at - 1][1].endswith(b"\n")):
-            start_at -= 1
-            missing -= bool(pieces[start_at][1].endswith(b"\n")) or start_at == len(pieces) - 1
-            if missing < 0:
-                start_at += 1
-                break
-        pieces = pieces[start_at:]
-    yield from pieces
+    return not shim or _await_end(shim, _LOG_PAUSE)
 
 
 def exec_command(

@@ -4,7 +4,7 @@
     ------                                   ------------------------------
     fork ----------------------------------> new mount, ipc, uts and network namespaces
     (rootless: map the users first)          "ready"
-    put it in its cgroups                    assemble the root: nothing here needs the parent
+    (v2: put it in its cgroup)               v1: its cgroups; assemble the root: nothing here needs the parent
     set up its network
     "go" ----------------------------------> cgroup namespace, pivot, terminal, privileges
     the channel's end                    <-- exec: the channel closes with it, or carries the error before
@@ -23,8 +23,18 @@ import os
 import stat
 import sys
 
-from mlenv.container import mounts, namespaces, record, rootfs, security, syscalls
-from mlenv.errors import ContainerStartError, MlenvError
+from mlenv.container import mounts, namespaces, rootfs, security, syscalls
+from mlenv.container.channel import (
+    NOT_FOUND,
+    Channel,
+    as_error,
+    expect,
+    finish,
+    not_executable,
+    reported,
+    tell,
+)
+from mlenv.errors import ContainerStartError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,60 +45,11 @@ if TYPE_CHECKING:
     from mlenv.container.cgroups import Group
     from mlenv.container.namespaces import IdMap
 
-_MESSAGE_MAX = 65536
 _EXIT_FAILED = 125
-_EXIT_NOT_EXECUTABLE = 126
 _EXIT_NOT_FOUND = 127
 _SIGKILL = 9
-_NOT_FOUND = (errno.ENOENT, errno.ENOTDIR)
 INIT_BINARY = os.path.join(os.path.dirname(__file__), "init")
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-
-
-class Channel:
-    """One end of a socket between parent and child: messages with a kind, a text and perhaps a descriptor."""
-
-    __slots__ = ("_returned", "socket")
-
-    def __init__(self, socket: _socket.socket) -> None:
-        self.socket = socket
-        self._returned: list[tuple[str, str, int | None]] = []
-
-    @staticmethod
-    def pair() -> tuple[Channel, Channel]:
-        """Return two connected ends, close-on-exec."""
-        ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
-        return Channel(ours), Channel(theirs)
-
-    def send(self, kind: str, text: str = "", descriptor: int | None = None) -> None:
-        """Send a message. Raises: BrokenPipeError where the other end is gone."""
-        ancillary = []
-        if descriptor is not None:
-            rights = descriptor.to_bytes(4, sys.byteorder)
-            ancillary.append((_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights))
-        self.socket.sendmsg([f"{kind} {text}".encode()], ancillary, _socket.MSG_NOSIGNAL)
-
-    def receive(self) -> tuple[str, str, int | None]:
-        """Return the next message; the kind is empty at the end of the channel."""
-        if self._returned:
-            return self._returned.pop()
-        data, ancillary, _, _ = self.socket.recvmsg(
-            _MESSAGE_MAX, _socket.CMSG_SPACE(4), getattr(_socket, "MSG_CMSG_CLOEXEC", 0x40000000)
-        )
-        descriptor = None
-        for level, kind, rights in ancillary:
-            if level == _socket.SOL_SOCKET and kind == _socket.SCM_RIGHTS:
-                descriptor = int.from_bytes(rights[:4], sys.byteorder)
-        word, _, text = data.decode(errors="surrogateescape").partition(" ")
-        return word, text, descriptor
-
-    def put_back(self, kind: str) -> None:
-        """Have the next `receive` return this message again."""
-        self._returned.append((kind, "", None))
-
-    def close(self) -> None:
-        """Close this end."""
-        self.socket.close()
 
 
 class Started:
@@ -134,8 +95,10 @@ def start(plan: Plan, *, connect: Callable[[int], None] | None = None) -> Starte
     pid = -1
     try:
         pid, id_map = _fork(plan, ours, theirs)
-        plan.group.join(pid)
-        expect(ours, "ready")
+        if not plan.group.joins_itself:
+            plan.group.join(pid)
+        problems = expect(ours, "ready")
+        plan.group.problems += problems.splitlines()
         if connect is not None:
             connect(pid)
         ours.send("go")
@@ -217,10 +180,10 @@ def _receive_pid(channel: Channel) -> int:
     word, text, _ = channel.receive()
     if word == "ready":
         pid = int(expect(channel, "pid"))
-        channel.put_back(word)
+        channel.put_back(word, text)
         return pid
     if word != "pid":
-        raise _as_error(word, text)
+        raise as_error(word, text)
     return int(text)
 
 
@@ -274,8 +237,9 @@ def _assemble_and_execute(plan: Plan, channel: Channel) -> None:
     bundle, process = plan.bundle, plan.bundle.process
     os.setsid()
     _own_stdio(plan, channel)
+    problems = plan.group.join_self() if plan.group.joins_itself else []
     _enter_namespaces(bundle)
-    channel.send("ready")
+    channel.send("ready", "\n".join(problems))
     root_fd = rootfs.assemble(
         bundle,
         plan.mounts,
@@ -491,7 +455,7 @@ def find_program(name: str, path: str) -> str:
         try:
             mode = os.stat(candidate).st_mode
         except OSError as error:
-            if error.errno not in _NOT_FOUND:
+            if error.errno not in NOT_FOUND:
                 denied = error
             continue
         if stat.S_ISREG(mode) and os.access(candidate, os.X_OK):
@@ -501,14 +465,6 @@ def find_program(name: str, path: str) -> str:
         raise not_executable(name, denied)
     raise ContainerStartError(
         f"the container has no program `{name}`", cause=f"it is in none of {path}", status=_EXIT_NOT_FOUND
-    )
-
-
-def not_executable(program: str, error: OSError) -> ContainerStartError:
-    """Return the error for a program that execve refused: 127 where it is not there, 126 else."""
-    status = _EXIT_NOT_FOUND if error.errno in _NOT_FOUND else _EXIT_NOT_EXECUTABLE
-    return ContainerStartError(
-        f"cannot execute `{program}`", cause=error.strerror or str(error), status=status
     )
 
 
@@ -541,76 +497,6 @@ def _execute_init(
     os.set_inheritable(channel_fd, True)
     channel.send("exec")
     os.execve(init_fd, ["mlenv-init", str(channel_fd), program, *arguments], environment)
-
-
-def tell(channel: Channel, error: BaseException) -> None:
-    """Send an error to the parent."""
-    if isinstance(error, MlenvError):
-        fields = {
-            "message": error.message,
-            "cause": error.cause,
-            "hint": error.hint,
-            "status": getattr(error, "exit_status", _EXIT_FAILED),
-        }
-    else:
-        fields = {"message": "the container could not be set up", "cause": f"{error}" or type(error).__name__}
-    try:
-        channel.send("error", record.serialise(fields).decode())
-    except OSError:  # the parent is gone: nobody is left to tell
-        os._exit(_EXIT_FAILED)
-
-
-def expect(channel: Channel, kind: str) -> str:
-    """Return the text of the next message, which must be of `kind`.
-
-    Raises: ContainerStartError with what the other side reported, or that it ended.
-    """
-    word, text, _ = channel.receive()
-    if word == kind:
-        return text
-    raise _as_error(word, text)
-
-
-def _as_error(word: str, text: str) -> ContainerStartError:
-    if word == "error":
-        fields = record.parse(text)
-        return ContainerStartError(
-            fields["message"],
-            cause=fields["cause"],
-            hint=fields.get("hint"),
-            status=fields.get("status", 125),
-        )
-    if word == "init-error":
-        number, _, program = text.partition(" ")
-        return not_executable(program, OSError(int(number), os.strerror(int(number))))
-    what = f"it said `{word}`" if word else "it ended without a word"
-    return ContainerStartError("the container's first process failed", cause=what)
-
-
-def reported(channel: Channel) -> ContainerStartError:
-    """Return what the child said before the channel broke."""
-    while True:
-        word, text, _ = channel.receive()
-        if word in ("error", "init-error", ""):
-            return _as_error(word, text)
-
-
-def finish(channel: Channel) -> int | None:
-    """Wait until the program has been executed; return the pty's master where there is one."""
-    terminal_fd = None
-    executed = False
-    while True:
-        word, text, descriptor = channel.receive()
-        if word == "terminal":
-            terminal_fd = descriptor
-        elif word == "exec":
-            executed = True
-        elif not word and executed:
-            return terminal_fd
-        else:
-            if terminal_fd is not None:
-                os.close(terminal_fd)
-            raise _as_error(word, text)
 
 
 def hold_signals(numbers: Sequence[int]) -> None:

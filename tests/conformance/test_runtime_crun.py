@@ -1,7 +1,7 @@
 """The same OCI bundle under crun and under ours gives the same things to see.
 
-crun 1.8 refuses a host whose v2 hierarchy holds a controller beside v1, so it runs where that hierarchy is not mounted;
-and it fails where it cannot raise a limit, so the bundles ask for none.
+crun 1.8 refuses a host whose v2 hierarchy holds a controller beside v1, so it runs where that hierarchy is
+not mounted; and it fails where it cannot raise a limit, so the bundles ask for none.
 """
 
 from __future__ import annotations
@@ -23,8 +23,12 @@ from mlenv.container import config
 
 pytestmark = requires("root", "crun", "overlay")
 
-WITHOUT_HYBRID = "umount /sys/fs/cgroup/unified 2>/dev/null; exec \"$@\""
+WITHOUT_HYBRID = 'umount /sys/fs/cgroup/unified 2>/dev/null; exec "$@"'
 Both = Callable[..., tuple["subprocess.CompletedProcess[str]", "subprocess.CompletedProcess[str]"]]
+
+
+def unchanged(_: dict[str, Any]) -> None:
+    """Leave the configuration as it is."""
 
 
 @pytest.fixture
@@ -32,10 +36,13 @@ def both(home: Path, busybox_rootfs: Path) -> Both:
     """Run a script in the same bundle under crun and under ours: (theirs, ours)."""
 
     def run(
-        script: str, edit: Callable[[dict[str, Any]], None] = lambda made: None, args: list[str] | None = None
+        script: str, edit: Callable[[dict[str, Any]], None] = unchanged, args: list[str] | None = None
     ) -> tuple[subprocess.CompletedProcess[str], subprocess.CompletedProcess[str]]:
         made = config.runtime_config(
-            args=args or ["sh", "-c", script], env={"PATH": "/bin", "HOME": "/root"}, hostname="both", network="none"
+            args=args or ["sh", "-c", script],
+            env={"PATH": "/bin", "HOME": "/root"},
+            hostname="both",
+            network="none",
         )
         made["annotations"] = {}
         made["process"]["rlimits"] = []
@@ -46,16 +53,22 @@ def both(home: Path, busybox_rootfs: Path) -> Both:
         (bundle / "config.json").write_text(json.dumps(made))
         theirs = ["crun", "--root", str(home / "crun"), "run", "--bundle", str(bundle), f"crun-{os.getpid()}"]
         ours = [sys.executable, "-I", "-S", str(CORE), "run", "--bundle", str(bundle), f"ours-{os.getpid()}"]
-        options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "check": False}
+        options: dict[str, Any] = {
+            "stdin": subprocess.DEVNULL,
+            "capture_output": True,
+            "text": True,
+        }
         return (
-            subprocess.run(["unshare", "-m", "sh", "-c", WITHOUT_HYBRID, "sh", *theirs], **options),
-            subprocess.run(ours, **options),
+            subprocess.run(
+                ["unshare", "-m", "sh", "-c", WITHOUT_HYBRID, "sh", *theirs], check=False, **options
+            ),
+            subprocess.run(ours, check=False, **options),
         )
 
     return run
 
 
-def agree(both: Both, script: str, edit: Callable[[dict[str, Any]], None] = lambda made: None) -> str:
+def agree(both: Both, script: str, edit: Callable[[dict[str, Any]], None] = unchanged) -> str:
     theirs, ours = both(script, edit)
     assert ours.stdout == theirs.stdout, f"crun: {theirs.stderr}\nours: {ours.stderr}"
     assert ours.returncode == theirs.returncode
@@ -90,7 +103,13 @@ def test_user_group_and_umask(both: Both) -> None:
 
 
 def test_capabilities(both: Both) -> None:
-    wanted = {"CapEff:": 1, "CapPrm:": 1 | 1 << 5, "CapBnd:": 1 | 1 << 5 | 1 << 13, "CapInh:": 1, "CapAmb:": 0}
+    wanted = {
+        "CapEff:": 1,
+        "CapPrm:": 1 | 1 << 5,
+        "CapBnd:": 1 | 1 << 5 | 1 << 13,
+        "CapInh:": 1,
+        "CapAmb:": 0,
+    }
 
     def edit(made: dict[str, Any]) -> None:
         made["process"]["user"] = {"uid": 0, "gid": 0}
@@ -118,7 +137,7 @@ def test_ambient_capabilities_reach_another_user(both: Both) -> None:
 
 
 @pytest.mark.parametrize("no_new", [True, False])
-def test_no_new_privileges_and_seccomp(both: Both, no_new: bool) -> None:
+def test_no_new_privileges_and_seccomp(both: Both, *, no_new: bool) -> None:
     def edit(made: dict[str, Any]) -> None:
         made["process"]["noNewPrivileges"] = no_new
 
@@ -133,7 +152,11 @@ def test_limits_of_resources(both: Both) -> None:
             {"type": "RLIMIT_FSIZE", "soft": 1 << 20, "hard": 1 << 20},
         ]
 
-    assert agree(both, "ulimit -Sn; ulimit -Hn; ulimit -c; ulimit -f", edit).split()[:3] == ["100", "200", "0"]
+    assert agree(both, "ulimit -Sn; ulimit -Hn; ulimit -c; ulimit -f", edit).split()[:3] == [
+        "100",
+        "200",
+        "0",
+    ]
 
 
 def mount_lines(output: str) -> dict[str, tuple[str, str, frozenset[str]]]:
@@ -151,7 +174,9 @@ def test_mounts_and_their_options(both: Both) -> None:
     own = ("/", "/sys/fs/cgroup")
     made_readonly = config.READONLY_PATHS
     names = [name for name in our if not name.startswith(own[1]) and name != "/" and name in their]
-    assert {"/proc", "/dev", "/dev/pts", "/dev/shm", "/dev/mqueue", "/sys", "/proc/sys", "/proc/bus"} <= set(names)
+    assert {"/proc", "/dev", "/dev/pts", "/dev/shm", "/dev/mqueue", "/sys", "/proc/sys", "/proc/bus"} <= set(
+        names
+    )
     for name in names:
         if name.startswith(("/proc/", "/sys/")) and our[name][1] in ("tmpfs", "devtmpfs"):
             continue  # a mask: what covers it is each runtime's business, that it is covered is checked below
@@ -164,7 +189,7 @@ def test_mounts_and_their_options(both: Both) -> None:
 
 def test_masks_and_read_only_paths(both: Both) -> None:
     script = (
-        "for p in /proc/kcore /proc/keys /proc/timer_list /proc/interrupts; do head -c 1 $p 2>/dev/null | wc -c; done;"
+        "cd /proc; for p in kcore keys timer_list interrupts; do head -c 1 $p 2>/dev/null | wc -c; done;"
         "ls /sys/firmware /proc/acpi 2>/dev/null | grep -v : | grep -c .;"
         "for p in /proc/sys/kernel/hostname /proc/sysrq-trigger; do (echo x > $p) 2>/dev/null; echo $?; done"
     )
@@ -174,10 +199,19 @@ def test_masks_and_read_only_paths(both: Both) -> None:
 def test_devices(both: Both) -> None:
     def edit(made: dict[str, Any]) -> None:
         made["linux"]["devices"] = [
-            {"type": "c", "path": "/dev/fuse", "major": 10, "minor": 229, "fileMode": 0o640, "uid": 7, "gid": 8}
+            {
+                "type": "c",
+                "path": "/dev/fuse",
+                "major": 10,
+                "minor": 229,
+                "fileMode": 0o640,
+                "uid": 7,
+                "gid": 8,
+            }
         ]
 
-    script = "cd /dev; stat -c '%n %F %t:%T %a %u:%g' null zero full random urandom tty fuse; readlink fd ptmx stdin"
+    nodes = "null zero full random urandom tty fuse"
+    script = f"cd /dev; stat -c '%n %F %t:%T %a %u:%g' {nodes}; readlink fd ptmx stdin"
     assert "fuse character special file a:e5 640 7:8" in agree(both, script, edit)
 
 
@@ -188,11 +222,22 @@ def test_bind_mounts(both: Both, home: Path) -> None:
 
     def edit(made: dict[str, Any]) -> None:
         made["mounts"] += [
-            {"destination": "/tmp", "type": "bind", "source": str(source), "options": ["rbind", "ro", "nosuid"]},
-            {"destination": "/root", "type": "bind", "source": str(source), "options": ["bind", "noexec", "nodev"]},
+            {
+                "destination": "/tmp",
+                "type": "bind",
+                "source": str(source),
+                "options": ["rbind", "ro", "nosuid"],
+            },
+            {
+                "destination": "/root",
+                "type": "bind",
+                "source": str(source),
+                "options": ["bind", "noexec", "nodev"],
+            },
         ]
 
-    script = "cat /tmp/file; touch /tmp/x 2>/dev/null; echo $?; touch /root/y; echo $?; grep -e ' /tmp ' -e ' /root ' /proc/self/mounts"
+    script = "cat /tmp/file; touch /tmp/x 2>/dev/null; echo $?; touch /root/y; echo $?; "
+    script += "grep -e ' /tmp ' -e ' /root ' /proc/self/mounts"
     found = agree(both, script, edit)
     assert found.splitlines()[:3] == ["content", "1", "0"]
 
@@ -200,7 +245,12 @@ def test_bind_mounts(both: Both, home: Path) -> None:
 def test_tmpfs_options(both: Both) -> None:
     def edit(made: dict[str, Any]) -> None:
         made["mounts"].append(
-            {"destination": "/tmp", "type": "tmpfs", "source": "t", "options": ["size=1m", "mode=1770", "noatime"]}
+            {
+                "destination": "/tmp",
+                "type": "tmpfs",
+                "source": "t",
+                "options": ["size=1m", "mode=1770", "noatime"],
+            }
         )
 
     assert "size=1024k" in agree(both, "grep ' /tmp ' /proc/self/mounts; stat -c %a /tmp", edit)
@@ -210,7 +260,10 @@ def test_kernel_parameters(both: Both) -> None:
     def edit(made: dict[str, Any]) -> None:
         made["linux"]["sysctl"] = {"kernel.shmmni": "123", "net.ipv4.ip_forward": "1"}
 
-    assert agree(both, "cat /proc/sys/kernel/shmmni /proc/sys/net/ipv4/ip_forward", edit).split() == ["123", "1"]
+    assert agree(both, "cat /proc/sys/kernel/shmmni /proc/sys/net/ipv4/ip_forward", edit).split() == [
+        "123",
+        "1",
+    ]
 
 
 def test_a_read_only_root(both: Both) -> None:
@@ -242,8 +295,9 @@ def test_limits_of_control_groups(both: Both) -> None:
         }
 
     script = (
-        "cd /sys/fs/cgroup; cat memory/memory.limit_in_bytes memory/memory.soft_limit_in_bytes cpu/cpu.shares "
-        "cpu/cpu.cfs_quota_us pids/pids.max 2>/dev/null; cat memory.max memory.low cpu.max cpu.weight pids.max 2>/dev/null"
+        "cd /sys/fs/cgroup; cat memory/memory.limit_in_bytes memory/memory.soft_limit_in_bytes"
+        " cpu/cpu.shares cpu/cpu.cfs_quota_us pids/pids.max 2>/dev/null;"
+        " cat memory.max memory.low cpu.max cpu.weight pids.max 2>/dev/null"
     )
     assert "44" in agree(both, script, edit).split()
 

@@ -1,4 +1,4 @@
-"""Containers with a shim: started, attached, executed in, stopped, removed; each through `lifecycle` as itself."""
+"""Containers with a shim: started, attached, executed in, stopped, removed; all through `lifecycle`."""
 
 from __future__ import annotations
 
@@ -104,11 +104,17 @@ def test_its_identity_is_the_host_s_view_of_pid_1(wanted: Any) -> None:
 
 
 def test_stop_gives_it_time_and_then_kills(wanted: Any) -> None:
-    kind = started(wanted("sh", "-c", "trap 'echo bye; exit 4' TERM; echo up; while :; do usleep 10000; done"))
+    kind = started(
+        wanted("sh", "-c", "trap 'echo bye; exit 4' TERM; echo up; while :; do usleep 10000; done")
+    )
     until(lambda: "up" in output(kind))
     lifecycle.stop(kind)
     assert (kind.exit_code, output(kind)) == (4, "up\nbye\n")
-    deaf = started(wanted("sh", "-c", "trap '' TERM; (trap '' TERM; sleep 1000) & echo up; while :; do usleep 10000; done"))
+    deaf = started(
+        wanted(
+            "sh", "-c", "trap '' TERM; (trap '' TERM; sleep 1000) & echo up; while :; do usleep 10000; done"
+        )
+    )
     until(lambda: "up" in output(deaf))
     lifecycle.stop(deaf, timeout=0.2)
     assert deaf.exit_code == 137
@@ -138,12 +144,14 @@ def test_started_again_it_has_what_it_wrote(wanted: Any) -> None:
     lifecycle.start(container)
     lifecycle.wait(container)
     assert output(container) == "x\n"
+    running = started(wanted("sleep", "1000"))
     with pytest.raises(ContainerError, match="running already"):
-        running = started(wanted("sleep", "1000"))
         lifecycle.start(running)
 
 
-@pytest.mark.parametrize(("args", "status"), [(("nosuch",), 127), (("/etc/passwd",), 126), (("/no/such",), 127)])
+@pytest.mark.parametrize(
+    ("args", "status"), [(("nosuch",), 127), (("/etc/passwd",), 126), (("/no/such",), 127)]
+)
 def test_a_start_that_fails_leaves_it_created(wanted: Any, args: tuple[str, ...], status: int) -> None:
     container = lifecycle.create(wanted(*args), name="bad")
     with pytest.raises(ContainerStartError) as raised:
@@ -214,7 +222,9 @@ def test_logs_tail_since_and_follow(wanted: Any) -> None:
 
 def test_several_can_be_executed_in_it(wanted: Any) -> None:
     container = started(wanted("sleep", "1000", user="7:8"))
-    argv = lifecycle.exec_command(container, ["sh", "-c", "id -u; echo $A; pwd; cat; exit 5"], env={"A": "b"}, cwd="/etc")
+    argv = lifecycle.exec_command(
+        container, ["sh", "-c", "id -u; echo $A; pwd; cat; exit 5"], env={"A": "b"}, cwd="/etc"
+    )
     done = subprocess.run(argv, input="in\n", capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (5, "7\nb\n/etc\nin\n"), done.stderr
     as_root = lifecycle.exec_command(container, ["id", "-u"], user="0")
@@ -224,13 +234,18 @@ def test_several_can_be_executed_in_it(wanted: Any) -> None:
 def test_executed_is_as_confined_as_the_first(wanted: Any) -> None:
     container = started(wanted("sh", "-c", "grep -e Cap -e NoNew -e Seccomp: /proc/self/status; sleep 1000"))
     until(lambda: "Seccomp" in output(container))
-    argv = lifecycle.exec_command(container, ["grep", "-e", "Cap", "-e", "NoNew", "-e", "Seccomp:", "/proc/self/status"])
+    argv = lifecycle.exec_command(
+        container, ["grep", "-e", "Cap", "-e", "NoNew", "-e", "Seccomp:", "/proc/self/status"]
+    )
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert done.stdout == output(container)
     namespaces = "for n in cgroup ipc mnt net pid uts; do readlink /proc/self/ns/$n; done"
     argv = lifecycle.exec_command(container, ["sh", "-c", namespaces])
     inside = subprocess.run(argv, capture_output=True, text=True, check=False).stdout.split()
-    assert inside == [os.readlink(f"/proc/{container.pid}/ns/{kind}") for kind in ("cgroup", "ipc", "mnt", "net", "pid", "uts")]
+    assert inside == [
+        str(Path(f"/proc/{container.pid}/ns/{kind}").readlink())
+        for kind in ("cgroup", "ipc", "mnt", "net", "pid", "uts")
+    ]
 
 
 @requires("cgroup")
@@ -252,7 +267,9 @@ def test_executed_is_in_the_container_s_groups(wanted: Any) -> None:
 @pytest.mark.parametrize(("args", "status"), [(("nosuch",), 127), (("/etc/passwd",), 126)])
 def test_executing_what_cannot_be(wanted: Any, args: tuple[str, ...], status: int) -> None:
     container = started(wanted("sleep", "1000"))
-    done = subprocess.run(lifecycle.exec_command(container, args), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        lifecycle.exec_command(container, args), capture_output=True, text=True, check=False
+    )
     assert done.returncode == status
     assert "error[container-start]" in done.stderr
 
@@ -260,7 +277,9 @@ def test_executing_what_cannot_be(wanted: Any, args: tuple[str, ...], status: in
 def test_executing_in_a_stopped_one(wanted: Any) -> None:
     container = started(wanted("true"))
     lifecycle.wait(container)
-    done = subprocess.run(lifecycle.exec_command(container, ["true"]), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        lifecycle.exec_command(container, ["true"]), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 125
     assert "is not running" in done.stderr
 
@@ -269,7 +288,9 @@ def test_the_lifeline_kills_what_was_executed(wanted: Any) -> None:
     container = started(wanted("sleep", "1000"))
     pid_read, pid_write = os.pipe()
     line_read, line_write = os.pipe()
-    argv = lifecycle.exec_command(container, ["sh", "-c", "trap '' TERM INT; sleep 1000"], pid_fd=pid_write, lifeline_fd=line_read)
+    argv = lifecycle.exec_command(
+        container, ["sh", "-c", "trap '' TERM INT; sleep 1000"], pid_fd=pid_write, lifeline_fd=line_read
+    )
     with subprocess.Popen(argv, pass_fds=(pid_write, line_read)) as process:
         os.close(pid_write)
         os.close(line_read)
@@ -298,7 +319,7 @@ class Person:
     def __init__(self, *argv: str) -> None:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
-            os.execvp(argv[0], argv)
+            os.execvp(argv[0], argv)  # noqa: S606 - it becomes the child of the terminal
         self.seen = b""
 
     def expect(self, text: bytes) -> None:
@@ -329,11 +350,13 @@ class Person:
         return os.waitstatus_to_exitcode(status)
 
 
-ATTACH = "import sys;from mlenv.container import lifecycle;sys.exit(lifecycle.attach(lifecycle.find(sys.argv[1])))"
+ATTACH = (
+    "import sys;from mlenv.container import lifecycle;sys.exit(lifecycle.attach(lifecycle.find(sys.argv[1])))"
+)
 
 
 def test_a_person_at_a_terminal(wanted: Any) -> None:
-    """Prompt, window size, Ctrl-C to the foreground job, detach, attach again with the screen's rest, exit status."""
+    """Prompt, Ctrl-C to the foreground job, detach, attach again with the screen's rest, exit status."""
     container = lifecycle.create(wanted("sh", terminal=True), name="tty")
     lifecycle.start(container, interactive=True)
     first = Person(sys.executable, "-c", ATTACH, "tty")
@@ -358,7 +381,7 @@ def test_a_person_at_a_terminal(wanted: Any) -> None:
 
 def _in_same_pid_namespace(path: str, container: lifecycle.Container) -> bool:
     try:
-        return os.readlink(f"{path}/ns/pid") == os.readlink(f"/proc/{container.pid}/ns/pid")
+        return Path(path, "ns/pid").readlink() == Path(f"/proc/{container.pid}/ns/pid").readlink()
     except OSError:
         return False
 
@@ -390,7 +413,9 @@ def test_signals_of_an_attached_command_reach_the_program(wanted: Any) -> None:
         "c=lifecycle.create(json.loads(sys.argv[1]));lifecycle.start(c,attached=True)\n"
         "sys.exit(lifecycle.attach(c,stdin=False))"
     )
-    with subprocess.Popen([sys.executable, "-c", runner, json.dumps(made)], stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", runner, json.dumps(made)], stdout=subprocess.PIPE
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"up\n"
         process.send_signal(signal.SIGINT)
@@ -478,16 +503,21 @@ def test_a_published_port_reaches_the_program(wanted: Any) -> None:
 
 @requires("netns", "nft")
 def test_a_private_network_has_an_address_and_names(wanted: Any) -> None:
-    container = started(wanted("sh", "-c", "cat /etc/hosts; wc -l < /etc/resolv.conf; sleep 1000", network="private",
-                               hostname="inside"))  # fmt: skip
+    script = "cat /etc/hosts; wc -l < /etc/resolv.conf; sleep 1000"
+    container = started(wanted("sh", "-c", script, network="private", hostname="inside"))
     until(lambda: output(container).count("\n") >= 4)
-    assert any(line.endswith("inside") and not line.startswith("127.") for line in output(container).splitlines())
+    assert any(
+        line.endswith("inside") and not line.startswith("127.") for line in output(container).splitlines()
+    )
 
 
 def test_looking_is_light(home: Path) -> None:
     """`ps` and `stop` load nothing that a container's start needs, nor anything heavy."""
-    script = "import sys; before = set(sys.modules)\nfrom mlenv.container import lifecycle; lifecycle.containers()\n"
+    script = "import sys; before = set(sys.modules)\n"
+    script += "from mlenv.container import lifecycle; lifecycle.containers()\n"
     script += "print(*(set(sys.modules) - before))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=REPOSITORY
+    )
     heavy = {"subprocess", "socket", "asyncio", "logging", "json", "argparse", "ctypes", "urllib", "shutil"}
     assert not heavy & set(done.stdout.split())

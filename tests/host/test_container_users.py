@@ -13,8 +13,10 @@ from pathlib import Path
 from mlenv.container import config, lifecycle, state
 request = json.load(sys.stdin)
 def conf(*args):
-    return config.runtime_config(args=args, env={"PATH": "/bin"}, layers=[Path(request["layer"])], network="none")
-c = lifecycle.create(conf("sh", "-c", "echo hi > /file; chown 7:8 /file 2>/dev/null; echo up; sleep 1000"), name="mine")
+    layers = [Path(request["layer"])]
+    return config.runtime_config(args=args, env={"PATH": "/bin"}, layers=layers, network="none")
+script = "echo hi > /file; chown 7:8 /file 2>/dev/null; echo up; sleep 1000"
+c = lifecycle.create(conf("sh", "-c", script), name="mine")
 lifecycle.start(c)
 while not list(lifecycle.logs(c)):
     pass
@@ -26,7 +28,8 @@ stopped = lifecycle.find("mine")
 lifecycle.remove(stopped)
 left = [str(p) for p in Path(request["home"], "containers").glob("*/*")]
 print(json.dumps({"exec": [done.returncode, done.stdout, done.stderr], "users": known["users"],
-                  "reason": known["user_reason"], "status": str(stopped.status), "exit": stopped.exit_code, "left": left}))
+                  "reason": known["user_reason"], "status": str(stopped.status), "exit": stopped.exit_code,
+                  "left": left}))
 """
 
 

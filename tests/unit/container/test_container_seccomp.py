@@ -107,7 +107,11 @@ VALUES = (0, 1, 5, 0xFFFFFFFF, 0x100000000, 0x100000005, 0xFFFFFFFFFFFFFFFF)
 )
 def test_operators_compare_64_bits(operator: str, holds: Any) -> None:
     for argument, value in itertools.product(VALUES, VALUES):
-        rule = {"names": ["read"], "action": "SCMP_ACT_ALLOW", "args": [{"index": 2, "value": value, "op": operator}]}
+        rule = {
+            "names": ["read"],
+            "action": "SCMP_ACT_ALLOW",
+            "args": [{"index": 2, "value": value, "op": operator}],
+        }
         program = seccomp.assemble(profile(rule), "x86_64")
         wanted = ALLOW if holds(argument, value) else ERRNO | errno.EPERM
         assert evaluate(program, 0, (0, 0, argument)) == wanted, (argument, value)
@@ -115,7 +119,9 @@ def test_operators_compare_64_bits(operator: str, holds: Any) -> None:
 
 def test_masked_comparison() -> None:
     test = {"index": 0, "value": 0xF0, "valueTwo": 0x20, "op": "SCMP_CMP_MASKED_EQ"}
-    program = seccomp.assemble(profile({"names": ["read"], "action": "SCMP_ACT_ALLOW", "args": [test]}), "x86_64")
+    program = seccomp.assemble(
+        profile({"names": ["read"], "action": "SCMP_ACT_ALLOW", "args": [test]}), "x86_64"
+    )
     assert evaluate(program, 0, (0x2F,)) == ALLOW
     assert evaluate(program, 0, (0x30,)) == ERRNO | errno.EPERM
 
@@ -126,7 +132,11 @@ def test_conditions_of_a_rule_all_hold_and_rules_are_alternatives() -> None:
         return {"names": ["read"], "action": "SCMP_ACT_ALLOW", "args": args}
 
     program = seccomp.assemble(profile(when((0, 1), (1, 2)), when((0, 9))), "x86_64")
-    found = [arguments for arguments in itertools.product(range(10), range(4)) if evaluate(program, 0, arguments) == ALLOW]
+    found = [
+        arguments
+        for arguments in itertools.product(range(10), range(4))
+        if evaluate(program, 0, arguments) == ALLOW
+    ]
     assert found == [(1, 2), (9, 0), (9, 1), (9, 2), (9, 3)]
 
 
@@ -143,7 +153,11 @@ def test_more_rules_than_a_short_jump_reaches() -> None:
     "rule",
     [
         {"names": ["read"], "action": "SCMP_ACT_NOTIFY"},
-        {"names": ["read"], "action": "SCMP_ACT_ALLOW", "args": [{"index": 0, "value": 0, "op": "SCMP_CMP_ODD"}]},
+        {
+            "names": ["read"],
+            "action": "SCMP_ACT_ALLOW",
+            "args": [{"index": 0, "value": 0, "op": "SCMP_CMP_ODD"}],
+        },
     ],
 )
 def test_what_it_cannot_do_is_refused(rule: dict[str, Any]) -> None:

@@ -121,7 +121,9 @@ def test_a_mount_is_recursive_and_read_only_to_the_last() -> None:
 
 
 def read(kind: str, *options: str) -> mounts.Mount:
-    return mounts.read_mounts([{"destination": "/x", "type": kind, "source": "s", "options": options}], "/b")[0]
+    return mounts.read_mounts([{"destination": "/x", "type": kind, "source": "s", "options": options}], "/b")[
+        0
+    ]
 
 
 def test_options_become_attributes() -> None:
@@ -156,13 +158,20 @@ def test_what_cannot_be_mounted_is_refused(kind: str, option: str) -> None:
 def test_options_that_the_kernel_would_cut_are_refused(tmp_path: Path) -> None:
     """mount(2) reads one page and drops the rest: an overlay would get wrong layers without an error."""
     with pytest.raises(OSError, match="at most 4000"):
-        syscalls.mount("overlay", str(tmp_path), "overlay", 0, "lowerdir=" + ":".join(["/layer/of/some/length"] * 200))
+        syscalls.mount(
+            "overlay", str(tmp_path), "overlay", 0, "lowerdir=" + ":".join(["/layer/of/some/length"] * 200)
+        )
 
 
 # --- identities and limits
 
 
-PASSWD = b"root:x:0:0:root:/root:/bin/sh\n# comment\nbroken\nbob:x:7:8:Bob:/home/bob:/bin/sh\n9:x:11:12::/nine:/bin/sh\n"
+PASSWD = b"""root:x:0:0:root:/root:/bin/sh
+# comment
+broken
+bob:x:7:8:Bob:/home/bob:/bin/sh
+9:x:11:12::/nine:/bin/sh
+"""
 GROUP = b"root:x:0:\nbobs:x:8:\nvideo:x:44:eve,bob\n"
 
 
@@ -179,7 +188,9 @@ GROUP = b"root:x:0:\nbobs:x:8:\nvideo:x:44:eve,bob\n"
         ("0:0", 0, 0, [], "/root"),
     ],
 )
-def test_users_by_the_container_s_files(text: str, uid: int, gid: int, groups: list[int], home: str | None) -> None:
+def test_users_by_the_container_s_files(
+    text: str, uid: int, gid: int, groups: list[int], home: str | None
+) -> None:
     found = security.look_up(text, PASSWD, GROUP)
     assert (found.uid, found.gid, found.groups, found.home) == (uid, gid, groups, home)
 
@@ -229,8 +240,9 @@ def test_limits_of_v2() -> None:
 
 
 def test_devices_are_denied_first_and_the_standard_ones_granted_last() -> None:
-    rules = cgroups.limits(1, {"devices": [{"allow": False, "access": "rwm"}, {"allow": True, "type": "c", "major": 195,
-                                                                               "minor": 0, "access": "rw"}]})  # fmt: skip
+    nothing = {"allow": False, "access": "rwm"}
+    nvidia = {"allow": True, "type": "c", "major": 195, "minor": 0, "access": "rw"}
+    rules = cgroups.limits(1, {"devices": [nothing, nvidia]})
     assert rules[0] == ("devices", "devices.deny", "a")
     assert rules[1] == ("devices", "devices.allow", "c 195:0 rw")
     assert ("devices", "devices.allow", "c 1:3 rwm") in rules[2:]
@@ -249,7 +261,9 @@ def test_without_cgroups_it_says_what_is_not_limited(monkeypatch: pytest.MonkeyP
 # --- JSON, state
 
 
-@pytest.mark.parametrize("value", [{}, {"b": [1, 2.5, None, True], "a": {"ü": "\udcff"}}, [], "x", {"a": "\n\0\\"}])
+@pytest.mark.parametrize(
+    "value", [{}, {"b": [1, 2.5, None, True], "a": {"ü": "\udcff"}}, [], "x", {"a": "\n\0\\"}]
+)
 def test_json_agrees_with_the_json_module(value: Any) -> None:
     text = record.serialise(value).decode()
     assert text == json.dumps(value, sort_keys=True) + "\n"
@@ -258,7 +272,7 @@ def test_json_agrees_with_the_json_module(value: Any) -> None:
 
 @pytest.mark.parametrize("text", ["", "{", '{"a":1,"a":1}', "[1 2]", "NaN", "1 2", "tru", '"\n"'])
 def test_what_is_not_json(text: str) -> None:
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"."):
         record.parse(text)
 
 
@@ -317,7 +331,7 @@ def test_a_frame_that_is_too_long_is_refused() -> None:
         ([b"\x11\x10"], b"\x11", False),
     ],
 )
-def test_detach_keys(reads: list[bytes], passed: bytes, detached: bool) -> None:
+def test_detach_keys(reads: list[bytes], passed: bytes, *, detached: bool) -> None:
     keys = attaching.DetachKeys()
     assert (b"".join(keys.filter(data) for data in reads), keys.detached) == (passed, detached)
 
@@ -341,7 +355,11 @@ def test_a_log_is_cut_into_three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     files = logfile.files(str(tmp_path))
     assert [Path(file).name for file in files] == ["log.2", "log.1", "log"]
     assert all(Path(file).stat().st_size <= 500 for file in files)
-    found = [data for file in files for _, _, data in logfile.entries(iter(Path(file).read_bytes().splitlines(True)))]
+    found = [
+        data
+        for file in files
+        for _, _, data in logfile.entries(iter(Path(file).read_bytes().splitlines(True)))
+    ]
     assert found[-1] == b"039"
     assert found == sorted(found)
 

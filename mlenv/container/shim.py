@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # `signal` imports enum: 8 ms
 import _socket
+import gc
 import os
 import select
 import sys
@@ -237,6 +238,7 @@ class Shim:
 
     def serve(self) -> None:
         """Carry streams until PID 1 has ended, then say goodbye and remove everything."""
+        gc.enable()
         for client in self.clients.values():
             self._send(client, frames.HELLO, b"t" if self.terminal else b"p")
         for number in _PASSED_ON:

@@ -96,7 +96,9 @@ def test_the_shim_is_killed_while_someone_is_attached(made: dict[str, Any]) -> N
 
 def test_a_container_that_was_orphaned_can_be_started_again(made: dict[str, Any]) -> None:
     container = started(made)
-    os.kill(state.read(str(container.bundle))["shim"]["pid"], signal.SIGKILL)
+    shim = state.read(str(container.bundle))["shim"]["pid"]
+    os.kill(shim, signal.SIGKILL)
+    until(lambda: not alive(shim))
     lifecycle.start(container)
     assert lifecycle.find("victim").status.is_running
 

@@ -93,7 +93,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
     directory = tmp_path_factory.mktemp("home")
     for parent in (directory, *directory.parents[:3]):
         if parent.owner() == directory.owner() and parent != Path("/tmp"):
-            parent.chmod(0o755)
+            parent.chmod(parent.stat().st_mode | 0o055)
     monkeypatch.setenv("MLENV_HOME", str(directory))
     return directory
 

@@ -52,7 +52,7 @@ $dpkg --configure -a
 
 _INSTALL_APT = """\
 set -e
-exec apt-get install --yes --quiet --no-download --no-install-recommends --allow-downgrades \\
+exec apt-get install --yes --quiet --no-install-recommends --allow-downgrades \\
   -o Dpkg::Options::=--force-unsafe-io -o Dpkg::Options::=--force-confold -o APT::Sandbox::User=root \\
   -o Dir::Cache::pkgcache= -o Dir::Cache::srcpkgcache= -o Dpkg::Use-Pty=false {packages}
 """

@@ -28,7 +28,7 @@ def rebuilt(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLENV_HOME", str(home))
         store = Store(home / "store")
-        sources = HostSources(lock, directory=LOCK.parent, mirror=None)
+        sources = HostSources(lock, spec_path=LOCK.parent / "quickstart.yaml", mirror=None)
         image = ensure_image(
             lock, store=store, sources=sources, run=ChrootRunner(), progress=SilentProgress()
         )

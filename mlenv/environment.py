@@ -234,11 +234,24 @@ def undo_on_failure() -> Iterator[ExitStack]:
 
 @contextlib.contextmanager
 def _one_at_a_time(name: str) -> Iterator[None]:
-    """Let one `up` or `down` of an environment work at a time; the lock dies with its holder."""
+    """Let one `up` or `down` of an environment work at a time; the lock dies with its holder, file and all."""
     path = paths.private_dir(paths.run_dir() / "environments") / f"{name}.lock"
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as held:
+        while True:
+            file = held.enter_context(path.open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if _is_still(path, file.fileno()):
+                break
+        held.callback(path.unlink)  # while it is held: who waits for it finds another file, and tries again
         yield
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    """Return whether `path` is the file that was opened, and was not removed by its last holder."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def project_folder(cwd: Path) -> Path:

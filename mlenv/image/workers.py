@@ -22,10 +22,8 @@ from mlenv.image.wheel import unpack_wheel
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_PACKAGE_ROOT = str(Path(__file__).parents[2])
-_PROGRAM = (
-    f"import sys; sys.path.insert(0, {_PACKAGE_ROOT!r}); from mlenv.image.workers import serve; serve()"
-)
+_PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from mlenv.image.workers import serve; serve()"
+"""A worker finds modules where its parent does, and nowhere else: -I alone would forget PYTHONPATH."""
 
 
 class Workers:
@@ -60,7 +58,7 @@ def workers(count: int) -> Iterator[Workers]:
 def _worker() -> Iterator[subprocess.Popen[str]]:
     # A session of its own, so that Ctrl-C reaches only the parent, which then ends the worker.
     process = subprocess.Popen(
-        [sys.executable, "-I", "-c", _PROGRAM],
+        [sys.executable, "-I", "-c", _PROGRAM, *(path for path in sys.path if path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -135,6 +135,11 @@ def version(*args: str) -> str:
     return (call(*args).strip().splitlines() or ["?"])[0]
 
 
+def low_limits() -> list[str]:
+    """Return podman's options for limits that any root may set: it asks for a million of each by itself."""
+    return ["--ulimit=nofile=4096:4096", "--ulimit=nproc=4096:4096"]
+
+
 def podman(root: Path) -> Sequence[str]:
     """Return the podman command on its own state; root may lack the right to raise limits, so they stay."""
     state = [f"--root={root}/data", f"--runroot={root}/run", f"--tmpdir={root}/tmp"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from measure import Contender, Section, Target, UnusableError, call, race
-from peers import Docker, podman
+from peers import Docker, low_limits, podman
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -93,7 +93,7 @@ def engines(rootfs_tar: Path, docker: Docker | None, work: Path) -> list[Contend
         command = podman(work / "podman")
 
         def run_podman() -> None:
-            call(*command, "run", "--rm", "--ulimit=host", "bench", "true")
+            call(*command, "run", "--rm", *low_limits(), "bench", "true")
 
         rows.append(
             Contender(name="podman run --rm", run=run_podman, prepare=_once_only(command, rootfs_tar))

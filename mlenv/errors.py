@@ -23,8 +23,8 @@ MlenvError
 ├── KernelError                    a kernel or its kernelspec cannot be used
 └── JupyterError                   the Jupyter server cannot be started or reached
 
-An error carries a stable kebab-case `code`, a `message` (what failed), a `cause` (why, from the system) and a `hint`
-(what to do). Libraries raise; `cli.main` alone prints and exits.
+An error carries a stable kebab-case `code`, a `message` (what failed), a `cause` (why, from the system) and a
+`hint` (what to do). Libraries raise; `cli.main` alone prints and exits.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from __future__ import annotations
 class MlenvError(Exception):
     """A failure with a stable code, a cause and a remedy.
 
-    `message` says what failed, with names and paths; `cause` why, as the system said it; `hint` what to do, as a
-    command or an edit. `exit_status` is what the command line ends with.
+    `message` says what failed, with names and paths; `cause` why, as the system said it; `hint` what to do,
+    as a command or an edit. `exit_status` is what the command line ends with.
     """
 
     code = "failed"

@@ -1,7 +1,7 @@
 """Where mlenv keeps things: the store, container state, sockets, caches and configuration.
 
-`MLENV_HOME` moves all of it, so two of them never meet. Without it root uses the system's directories and a user
-the XDG ones. Nothing here creates the store; `private_dir` makes a directory only its owner can enter.
+`MLENV_HOME` moves all of it, so two of them never meet. Without it root uses the system's directories and a
+user the XDG ones. Nothing here creates the store; `private_dir` makes a directory only its owner can enter.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _user_run_root() -> Path:
 
 
 def _temporary_dir() -> Path:
-    """Return this user's directory below the system's temporary one, else (a closed /tmp) below the data's."""
+    """Return this user's directory below the system's temporary one, else (/tmp is closed) the data's."""
     temporary = Path(f"/tmp/mlenv-{os.getuid()}")  # noqa: S108 - checked for owner and mode
     if temporary.exists() or os.access(temporary.parent, os.W_OK | os.X_OK):
         return private_dir(temporary)

@@ -19,7 +19,9 @@ class Step(Protocol):
 class Progress(Protocol):
     """Receives steps and remarks; the command line shows them on stderr."""
 
-    def step(self, title: str, *, total: int | None = None, unit: str = "items") -> AbstractContextManager[Step]:
+    def step(
+        self, title: str, *, total: int | None = None, unit: str = "items"
+    ) -> AbstractContextManager[Step]:
         """Begin a step; `total` in `unit` ("bytes" or "items"), None where it is not known."""
 
     def note(self, message: str) -> None:

@@ -339,7 +339,7 @@ def _not_found(message: str, available: Sequence[Gpu]) -> GpuNotFoundError:
     return GpuNotFoundError(
         message,
         cause="this host has " + ("; ".join(map(str, available)) or "no NVIDIA GPU that its driver shows"),
-        hint="`mlenv gpus` lists them; `gpus: auto` takes what there is",
+        hint="`nvidia-smi -L` lists them; `gpus: auto` takes what there is",
     )
 
 

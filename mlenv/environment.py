@@ -234,7 +234,7 @@ def undo_on_failure() -> Iterator[ExitStack]:
 
 @contextlib.contextmanager
 def _one_at_a_time(name: str) -> Iterator[None]:
-    """Let one `up` or `down` of an environment work at a time; the lock goes with its holder."""
+    """Let one `up` or `down` of an environment work at a time; the lock goes with its holder, file too."""
     path = paths.private_dir(paths.run_dir() / "environments") / f"{name}.lock"
     with contextlib.ExitStack() as held:
         while True:

@@ -25,10 +25,16 @@ def cgroups() -> set[str]:
         _, controllers, path = line.split(":", 2)
         parent = CGROUPS / (controllers.removeprefix("name=") or "") / path.lstrip("/")
         if parent.is_dir():
-            found |= {
-                str(group) for group in parent.glob("mlenv-*") if not (group / "cgroup.procs").read_text()
-            }
+            found |= {str(group) for group in parent.glob("mlenv-*") if _is_empty(group)}
     return found
+
+
+def _is_empty(group: Path) -> bool:
+    """Whether a group is there and holds no process; another container's may end while we look."""
+    try:
+        return not (group / "cgroup.procs").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def mounts(home: Path) -> set[str]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import leaks
 from host.front_end import FrontEnd
 
 from mlenv.container.state import start_time
@@ -82,8 +83,7 @@ def environment_up(home: Path, project: Path, spec: str, *options: str) -> Itera
     assert start_time(server) is None, "the server still runs"
     assert [str(path) for path in (home / "run" / "jupyter").iterdir()] == []
     assert kernel_directories(home) == []
-    mounted = Path("/proc/self/mountinfo").read_text()
-    assert str(home) not in mounted, "a mount is left"
+    assert leaks.mounts(home) | leaks.processes(home) == set()
 
 
 def kernel_directories(home: Path) -> list[str]:

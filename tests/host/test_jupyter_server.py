@@ -23,10 +23,9 @@ from mlenv.kernel import kernelspec
 DEADLINE = 60.0
 
 
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("MLENV_HOME", str(tmp_path / "home"))
-    yield tmp_path / "home"
+@pytest.fixture(autouse=True)
+def stopped_in_the_end(leak_check: None) -> Iterator[None]:
+    yield
     server.stop()
 
 

@@ -8,12 +8,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from host.environment_up import mlenv
-from jupyter_client.manager import AsyncKernelManager
+from host.environment_up import kernel_directories, mlenv
 from nbclient import NotebookClient
 from requires import requires
-
-from mlenv.jupyter.kernelspecs import EnvironmentKernelSpecManager
 
 pytestmark = requires("overlay", "index", "mirror")
 REPOSITORY = Path(__file__).parents[2]
@@ -26,15 +23,16 @@ def executed(home: Path, project: Path, notebook: str, environment: str) -> nbfo
     document = nbformat.read(REPOSITORY / "notebooks" / notebook, as_version=4)
     mlenv(home, project, "up", environment, "--no-jupyter")
     try:
-        manager = AsyncKernelManager(
-            kernel_name=environment, kernel_spec_manager=EnvironmentKernelSpecManager()
-        )
         client = NotebookClient(
-            document, km=manager, timeout=CELL_TIMEOUT, resources={"metadata": {"path": str(project)}}
+            document,
+            kernel_name=environment,
+            timeout=CELL_TIMEOUT,
+            resources={"metadata": {"path": str(project)}},
         )
         return client.execute()
     finally:
         mlenv(home, project, "down", environment)
+        assert kernel_directories(home) == []
 
 
 def printed(notebook: nbformat.NotebookNode) -> str:
@@ -48,21 +46,23 @@ def pictures(notebook: nbformat.NotebookNode) -> int:
 
 
 @pytest.fixture
-def home(built_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def built(built_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The home with `quickstart` built, whose kernels this process finds as any Jupyter tool would."""
     monkeypatch.setenv("MLENV_HOME", str(built_home))
+    monkeypatch.setenv("JUPYTER_PATH", str(built_home / "jupyter"))
     return built_home
 
 
-def test_quickstart_without_pytorch(home: Path, tmp_path: Path) -> None:
-    notebook = executed(home, tmp_path, "quickstart.ipynb", "quickstart")
+def test_quickstart_without_pytorch(built: Path, tmp_path: Path) -> None:
+    notebook = executed(built, tmp_path, "quickstart.ipynb", "quickstart")
     assert "in quickstart\n" in printed(notebook)
     assert "this environment has no PyTorch" in printed(notebook)
     assert pictures(notebook) == 1
 
 
 @pytest.mark.timeout(1800)
-def test_quickstart_trains_a_model(home: Path, tmp_path: Path) -> None:
-    notebook = executed(home, tmp_path, "quickstart.ipynb", "pytorch-2.13-cpu")
+def test_quickstart_trains_a_model(built: Path, tmp_path: Path) -> None:
+    notebook = executed(built, tmp_path, "quickstart.ipynb", "pytorch-2.13-cpu")
     said = printed(notebook)
     assert "PyTorch 2.13.0+cpu on cpu" in said
     assert float(said.partition("has not seen: ")[2].partition("%")[0]) > 95

@@ -45,6 +45,7 @@ JUPYTER = {
 }
 OWNERS = {
     "ctypes": {"container/syscalls.py", "container/init.py"},
+    "_ctypes": {"container/syscalls.py"},
     "pyroute2": {"container/net.py"},
     "pynvml": {"container/gpu/nvidia.py"},
     "click": {"cli/"},

@@ -24,9 +24,7 @@ import fcntl
 import itertools
 import json
 import os
-import shutil
 import stat
-import subprocess
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -261,6 +259,8 @@ class Store:
         pending = [path for path in (directory / "unsynced" for directory in directories) if path.exists()]
         if not pending:
             return
+        import subprocess
+
         # syncfs(2) without ctypes; an old `sync` without -f flushes every file system instead.
         if subprocess.run(["sync", "-f", self.root], check=False, capture_output=True).returncode != 0:
             os.sync()
@@ -293,6 +293,8 @@ class Store:
 
 def remove_tree(path: Path) -> None:
     """Delete a file or a tree, whatever the modes of its directories are; nothing where there is none."""
+    import shutil
+
     if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
         return

@@ -44,6 +44,10 @@ class Start:
         """Make a manager as a front end has it before anybody chooses a kernel."""
         specs = {"kernel_spec_manager": EnvironmentKernelSpecManager()} if self.is_ours else {}
         self.manager = KernelManager(kernel_name=self.kernel_name, transport=self.transport, **specs)
+        if self.transport == "ipc":
+            self.manager.ip = str(
+                self.folder / "local"
+            )  # the default is relative, and kernels change folders
 
     def run(self) -> None:
         """Return when the first cell's reply is there."""

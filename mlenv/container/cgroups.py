@@ -17,7 +17,7 @@ from mlenv.errors import ContainerError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from typing import Any
 
 ROOT = "/sys/fs/cgroup"
@@ -87,7 +87,8 @@ class Group:
             for parent, _, files in os.walk(directory):
                 if "cgroup.procs" in files:
                     found += [int(line) for line in _read(os.path.join(parent, "cgroup.procs")).split()]
-            return found
+            if found:  # elsewhere are the same; but a process may have joined a part of them
+                return found
         return []
 
     def kill(self) -> None:
@@ -163,18 +164,20 @@ def _remove_tree(directory: str) -> None:
         os.rmdir(directory)
 
 
-def _write(path: str, value: str) -> None:
+def _write(path: str, *values: str) -> None:
+    """Write values into a control file, one write(2) each as the kernel wants them."""
     file_fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
-        os.write(file_fd, value.encode())
+        for value in values:
+            os.write(file_fd, value.encode())
     finally:
         os.close(file_fd)
 
 
 def _read(path: str) -> str:
     try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
+        with open(path, "rb", buffering=0) as file:
+            return file.read().decode()
     except OSError:
         return ""
 
@@ -268,19 +271,30 @@ def _unmet(resources: Mapping[str, Any], why: str) -> list[str]:
 def _limit(group: Group, resources: Mapping[str, Any]) -> None:
     if not group.directories:
         return
-    for controller, file, value in limits(group.version, resources):
+    for controller, file, values in _by_file(limits(group.version, resources)):
         directory = group.directories.get("" if group.version == 2 else controller)  # noqa: PLR2004
         if directory is None:
             group.problems.append(f"{controller} is not limited: the controller is not there")
             continue
         try:
-            _write(os.path.join(directory, file), value)
+            _write(os.path.join(directory, file), *values)
         except OSError as error:
             if error.errno == errno.EINVAL:
                 raise ContainerError(
-                    f"the kernel refuses the limit `{file} = {value}`", cause=str(error.strerror)
+                    f"the kernel refuses the limit `{file} = {' '.join(values)}`", cause=str(error.strerror)
                 ) from error
             group.problems.append(f"{controller} is not limited: {file}: {error.strerror}")
+
+
+def _by_file(entries: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, list[str]]]:
+    """Return (controller, file, values) in order: v1's dozen device rules go into a file opened once."""
+    grouped: list[tuple[str, str, list[str]]] = []
+    for controller, file, value in entries:
+        if grouped and grouped[-1][:2] == (controller, file):
+            grouped[-1][2].append(value)
+        else:
+            grouped.append((controller, file, [value]))
+    return grouped
 
 
 def limits(version: int, resources: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -207,13 +207,12 @@ def join(kind: str, path: str) -> None:
 def bring_loopback_up() -> None:
     """Switch `lo` on in this network namespace. Source: netdevice(7)."""
     import _socket
-    import fcntl
 
     get_flags, set_flags, up = 0x8913, 0x8914, 1
     control = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM | _socket.SOCK_CLOEXEC)
     try:
-        request = fcntl.ioctl(control.fileno(), get_flags, b"lo".ljust(40, b"\0"))
+        request = syscalls.ioctl(control.fileno(), get_flags, b"lo".ljust(40, b"\0"))
         value = int.from_bytes(request[16:18], "little") | up
-        fcntl.ioctl(control.fileno(), set_flags, request[:16] + value.to_bytes(2, "little") + request[18:])
+        syscalls.ioctl(control.fileno(), set_flags, request[:16] + value.to_bytes(2, "little") + request[18:])
     finally:
         control.close()

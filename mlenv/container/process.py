@@ -473,8 +473,6 @@ def sealed_init() -> int | None:
 
     The container's PID 1 then executes no file of the host: nothing can be overwritten through /proc/1/exe.
     """
-    import fcntl
-
     try:
         source_fd = os.open(INIT_BINARY, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -484,8 +482,7 @@ def sealed_init() -> int | None:
         os.sendfile(memory_fd, source_fd, 0, os.fstat(source_fd).st_size)
     finally:
         os.close(source_fd)
-    add_seals, everything = 1033, 0xF
-    fcntl.fcntl(memory_fd, add_seals, everything)
+    syscalls.seal(memory_fd)
     return memory_fd
 
 

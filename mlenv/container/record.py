@@ -80,8 +80,8 @@ def _refuse(value: object) -> Any:
 
 def read(path: str) -> Any:
     """Return the JSON value in the file `path`. Raises: OSError; ValueError for what is not JSON."""
-    with open(path, encoding="utf-8") as file:
-        return parse(file.read())
+    with open(path, "rb", buffering=0) as file:
+        return parse(file.read().decode())
 
 
 def write(path: str, value: Any) -> None:

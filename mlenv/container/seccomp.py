@@ -175,8 +175,13 @@ def _verdicts(rules: Sequence[Mapping[str, Any]], table: Mapping[str, int]) -> V
 def _ranges(verdicts: Verdicts, default: int, last: int) -> list[tuple[int, list[bytes]]]:
     """Return (first number, code) of each run of numbers with the same code, ascending."""
     ranges: list[tuple[int, list[bytes]]] = []
+    before: Sequence[tuple[Conditions, int]] | None = None
     for number in range(last + 1):
-        code = _leaf(verdicts.get(number, ()), default)
+        rules = verdicts.get(number, ())
+        if rules == before:  # most have their neighbour's rules
+            continue
+        before = rules
+        code = _leaf(rules, default)
         if not ranges or ranges[-1][1] != code:
             ranges.append((number, code))
     ranges.append((last + 1, [_instruction(_RETURN, 0, 0, _RET_ERRNO | _ENOSYS)]))

@@ -6,7 +6,6 @@ Source: capabilities(7); OCI runtime-spec 1.0.2 config.md "Linux Process".
 from __future__ import annotations
 
 import os
-import resource
 
 from mlenv.container import syscalls
 from mlenv.errors import ContainerError
@@ -65,7 +64,31 @@ CAPABILITY_NUMBERS = {
     )
 }
 """Source: include/uapi/linux/capability.h, Linux 6.17."""
-_LIMIT_INFINITY = 2**64 - 1
+LIMIT_NUMBERS = {
+    f"RLIMIT_{name}": number
+    for number, name in enumerate(
+        [
+            "CPU",
+            "FSIZE",
+            "DATA",
+            "STACK",
+            "CORE",
+            "RSS",
+            "NPROC",
+            "NOFILE",
+            "MEMLOCK",
+            "AS",
+            "LOCKS",
+            "SIGPENDING",
+            "MSGQUEUE",
+            "NICE",
+            "RTPRIO",
+            "RTTIME",
+        ]
+    )
+}
+"""Source: include/uapi/asm-generic/resource.h, Linux 6.17."""
+_UNLIMITED = 2**64 - 1
 
 
 class Identity:
@@ -109,18 +132,13 @@ def mask(names: Sequence[str]) -> int:
 
 def limit(entry: Mapping[str, Any]) -> tuple[int, int, int]:
     """Return (resource, soft, hard) of an OCI rlimit. Raises: ContainerError for an unknown one."""
-    number = getattr(resource, entry["type"], None)
-    if not entry["type"].startswith("RLIMIT_") or not isinstance(number, int):
+    if entry["type"] not in LIMIT_NUMBERS:
         raise ContainerError(f"no resource limit is called `{entry['type']}`")
-    return number, entry["soft"], entry["hard"]
+    return LIMIT_NUMBERS[entry["type"]], _amount(entry["soft"]), _amount(entry["hard"])
 
 
-def _ceiling(wanted: int, hard: int) -> int:
-    infinite = resource.RLIM_INFINITY
-    value = infinite if wanted >= _LIMIT_INFINITY else wanted
-    if hard == infinite:
-        return value
-    return hard if value == infinite else min(value, hard)
+def _amount(wanted: int) -> int:
+    return min(wanted, _UNLIMITED) if wanted >= 0 else _UNLIMITED
 
 
 def apply_limits(limits: Sequence[tuple[int, int, int]]) -> None:
@@ -129,12 +147,11 @@ def apply_limits(limits: Sequence[tuple[int, int, int]]) -> None:
     A container that asks for a million files on a machine that allows 20000 runs with 20000.
     """
     for number, soft, hard in limits:
-        infinite = _ceiling(soft, resource.RLIM_INFINITY), _ceiling(hard, resource.RLIM_INFINITY)
         try:
-            resource.setrlimit(number, infinite)
-        except (PermissionError, ValueError):
-            allowed = resource.getrlimit(number)[1]
-            resource.setrlimit(number, (_ceiling(soft, allowed), _ceiling(hard, allowed)))
+            syscalls.set_limits(number, soft, hard)
+        except OSError:
+            allowed = syscalls.hard_limit(number)
+            syscalls.set_limits(number, min(soft, allowed), min(hard, allowed))
 
 
 def become(identity: Identity, privileges: Privileges, *, can_set_groups: bool, umask: int | None) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 
-from mlenv.container import cgroups, record
+from mlenv.container import cgroups, record, syscalls
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,14 +18,15 @@ STATE_FILE = "state.json"
 _RESERVE_FILE = "state.reserve"
 _RESERVE_SIZE = 16384
 """Bytes; a state is a tenth of it."""
+_LOCK_EXCLUSIVE, _LOCK_NOT_WAITING = 2, 4
 _START_TIME_FIELD = 19
 """Index of starttime after the command's name. Source: proc_pid_stat(5), field 22."""
 
 
 def boot_id() -> str:
     """Return the id of this boot of the machine."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:
-        return file.read().strip()
+    with open("/proc/sys/kernel/random/boot_id", "rb", buffering=0) as file:
+        return file.read().decode().strip()
 
 
 def identity(pid: int) -> dict[str, Any] | None:
@@ -40,7 +41,7 @@ def identity(pid: int) -> dict[str, Any] | None:
 def start_time(pid: int) -> int | None:
     """Return when `pid` started, in clock ticks since boot; None where it has ended (zombies included)."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
             content = file.read()
     except (FileNotFoundError, ProcessLookupError):
         return None
@@ -94,12 +95,10 @@ def lock(directory: str, *, wait: bool = True) -> int | None:
 
     The kernel drops it with its holder, so there is no stale lock.
     """
-    import fcntl
-
     while True:
         lock_fd = os.open(os.path.join(directory, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(lock_fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            syscalls.flock(lock_fd, _LOCK_EXCLUSIVE | (0 if wait else _LOCK_NOT_WAITING))
         except OSError as error:
             os.close(lock_fd)
             if error.errno in (errno.EWOULDBLOCK, errno.EINTR):
@@ -112,8 +111,6 @@ def lock(directory: str, *, wait: bool = True) -> int | None:
 
 def kill_exactly(known: dict[str, Any] | None, number: int) -> bool:
     """Send a signal to the process of this identity and to no other; False where it has ended."""
-    from mlenv.container import syscalls
-
     if not known:
         return False
     try:

@@ -92,7 +92,6 @@ def undo(known: dict[str, Any]) -> list[str]:
 
         net.teardown(network)
     group = state.group_of(known)
-    group.kill()
     known["out_of_memory_kills"] = known.get("out_of_memory_kills", 0) + group.out_of_memory_kills()
     held = _remove_group(group)
     if not held:
@@ -101,14 +100,18 @@ def undo(known: dict[str, Any]) -> list[str]:
 
 
 def _remove_group(group: cgroups.Group) -> list[str]:
+    """Remove the groups; a group that can be removed has no process, so that nothing is killed before."""
+    held = group.remove()
+    if not held:
+        return held
     import select
 
     for _ in range(_REMOVAL_TRIES):
-        held = group.remove()
-        if not held:
-            return held
         group.kill()
         select.poll().poll(_REMOVAL_PAUSE)
+        held = group.remove()
+        if not held:
+            break
     return held
 
 

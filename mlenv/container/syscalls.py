@@ -49,10 +49,14 @@ _syscall.argtypes = (_Long, *[_Word] * 6)
 _get_errno = _ctypes.get_errno
 
 MACHINE = os.uname().machine
-_CAPGET, _CAPSET, _PIVOT_ROOT, _PRCTL, _MOUNT, _UMOUNT2, _UNSHARE, _SETNS = {
-    "x86_64": (125, 126, 155, 157, 165, 166, 272, 308),
-    "aarch64": (90, 91, 41, 167, 40, 39, 97, 268),
-}.get(MACHINE, (-1,) * 8)
+_IOCTL, _FCNTL, _FLOCK, _CAPGET, _CAPSET, _PIVOT_ROOT = {
+    "x86_64": (16, 72, 73, 125, 126, 155),
+    "aarch64": (29, 25, 32, 90, 91, 41),
+}.get(MACHINE, (-1,) * 6)
+_PRCTL, _MOUNT, _UMOUNT2, _UNSHARE, _PRLIMIT, _SETNS = {
+    "x86_64": (157, 165, 166, 272, 302, 308),
+    "aarch64": (167, 40, 39, 97, 261, 268),
+}.get(MACHINE, (-1,) * 6)
 _OPEN_TREE, _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT = 428, 429, 430, 431, 432
 _PIDFD_SEND_SIGNAL, _PIDFD_OPEN, _CLOSE_RANGE, _OPENAT2, _MOUNT_SETATTR = 424, 434, 436, 437, 442
 
@@ -314,6 +318,48 @@ def openat2(directory_fd: int, path: str, *, flags: int, mode: int = 0, resolve:
     if opened_fd < 0:
         raise _fail("openat2", path)
     return opened_fd
+
+
+def flock(locked_fd: int, operation: int) -> None:
+    """Lock or unlock an open file; the module `fcntl` would cost 0.2 ms of loading.
+
+    Source: man 2 flock.
+    """
+    if _call(_FLOCK, locked_fd, operation) != 0:
+        raise _fail("flock")
+
+
+def ioctl(device_fd: int, request: int, argument: bytes) -> bytes:
+    """Do what `request` says to a device, and return the argument as it is afterwards.
+
+    Source: man 2 ioctl.
+    """
+    memory = _memory(argument)
+    if _call(_IOCTL, device_fd, request, _ctypes.addressof(memory)) != 0:
+        raise _fail("ioctl", hex(request))
+    return bytes(memory.raw)
+
+
+def seal(memory_fd: int) -> None:
+    """Let nobody change a memory file any more, nor lift this. Source: fcntl(2) F_ADD_SEALS."""
+    add_seals, everything = 1033, 0xF
+    if _call(_FCNTL, memory_fd, add_seals, everything) != 0:
+        raise _fail("fcntl(F_ADD_SEALS)")
+
+
+def set_limits(resource: int, soft: int, hard: int) -> None:
+    """Set a resource limit of this process; 2**64 - 1 is no limit. Source: prlimit(2)."""
+    limits = soft.to_bytes(8, "little") + hard.to_bytes(8, "little")
+    if _call(_PRLIMIT, 0, resource, limits, None) != 0:
+        raise _fail("prlimit", resource)
+
+
+def hard_limit(resource: int) -> int:
+    """Return the hard limit of a resource of this process, 2**64 - 1 for none. Source: prlimit(2)."""
+    limits = _memory(bytes(16))
+    if _call(_PRLIMIT, 0, resource, None, _ctypes.addressof(limits)) != 0:
+        raise _fail("prlimit", resource)
+    return int.from_bytes(limits.raw[8:], "little")
 
 
 def set_parent_death_signal(number: int) -> None:

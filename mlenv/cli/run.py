@@ -63,6 +63,8 @@ def command(
     except BaseException:
         lifecycle.remove(container, force=True)
         raise
+    for warning in container.warnings:
+        progress.note(f"warning: {warning}")
     if detach:
         render.data(container.id)
         return 0

@@ -235,7 +235,9 @@ def start_environment(
     container = lifecycle.create(config, name=spec.name, container_id=container_id)
     undo.callback(lifecycle.remove, container, force=True)
     lifecycle.start(container)
-    return lifecycle.find(container.id)
+    for warning in container.warnings:
+        progress.note(f"warning: {warning}")
+    return container
 
 
 def stop_environment(container: lifecycle.Container) -> None:

@@ -204,7 +204,9 @@ def mode() -> str:
 def plan(container_id: str, resources: Mapping[str, Any], *, path: str | None = None) -> Group:
     """Return the container's groups, not made yet, so that whoever cleans up can know them first.
 
-    `path` is OCI's cgroupsPath.
+    `path` is OCI's cgroupsPath. In version 2 the group stands beside our own and not in it: a group with processes
+    gives its children no controllers.
+    Source: Linux cgroup-v2, No Internal Process Constraint.
     """
     kind = mode()
     name = path or f"mlenv-{container_id[:12]}"
@@ -212,7 +214,7 @@ def plan(container_id: str, resources: Mapping[str, Any], *, path: str | None = 
         return Group(0, {}, _unmet(resources, "no cgroups are mounted"))
     own = own_paths()
     if kind == "v2":
-        return Group(2, {"": _directory(ROOT, own.get("", "/"), name)})
+        return Group(2, {"": _directory(ROOT, os.path.dirname(own.get("", "/")), name)})
     pins_cpus = {"cpus", "mems"} <= set(resources.get("cpu", {}))  # a cpuset without both takes no process
     return Group(
         1,

@@ -75,21 +75,25 @@ def _image(text: str, mirror: str | None, progress: Progress) -> tuple[Image, Op
     """Return the image that a spec's name or file means, else an image's reference, and its options."""
     from mlenv import environment, paths
     from mlenv.errors import ImageNotFoundError, SpecNotFoundError
-    from mlenv.image.images import find_image
-    from mlenv.image.store import Store
-    from mlenv.launch.local import Options, file_options
+    from mlenv.launch.local import Options, document_options
+    from mlenv.spec.reader import read_document
     from mlenv.spec.sources import locate
 
     try:
         spec_path = locate(text, cwd=Path.cwd())
     except SpecNotFoundError as no_spec:
+        from mlenv.image.images import find_image
+        from mlenv.image.store import Store
+
         try:
             return find_image(Store(paths.store_dir()), text), Options()
         except ImageNotFoundError as no_image:
             raise ImageNotFoundError(
                 f"`{text}` is neither an environment nor an image", cause=no_spec.message, hint=no_image.hint
             ) from no_spec
-    return environment.build(spec_path, mirror=mirror, progress=progress), file_options(spec_path)
+    document = read_document(spec_path)
+    chosen = environment.build(spec_path, document=document, mirror=mirror, progress=progress)
+    return chosen, document_options(document)
 
 
 def _options(defaults: Options, args: tuple[str, ...], asked: dict[str, Any]) -> Options:

@@ -62,7 +62,7 @@ def ensure_image(
     Raises: ImageError, StoreError.
     """
     with explain_os_errors(f"the image of `{lock.name}` cannot be stored"):
-        built = find_built(store, lock)
+        built = find_built(store, lock.digest, name=lock.name)
         if built is not None:
             return built
         from mlenv.image import assembly
@@ -77,15 +77,15 @@ def ensure_image(
         return load_image(store, digest, name=lock.name)
 
 
-def find_built(store: Store, lock: Lock) -> Image | None:
+def find_built(store: Store, lock_digest: str, *, name: str) -> Image | None:
     """Return the image of a lock where every part of it is in the store, and let the lock's name mean it."""
-    record = store.read_json(store.root / "locks" / f"{encoded(lock.digest)}.json")
+    record = store.read_json(store.root / "locks" / f"{encoded(lock_digest)}.json")
     if record is None:
         return None
-    image = load_image(store, record["image"], name=lock.name)
+    image = load_image(store, record["image"], name=name)
     if not all(layer.is_dir() for layer in image.layers):
         return None
-    store.name_image(lock.name, record["descriptor"])
+    store.name_image(name, record["descriptor"])
     return image
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-import secrets
-import shutil
-import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -17,7 +14,7 @@ from mlenv import paths
 from mlenv.container import config as oci
 from mlenv.container import lifecycle
 from mlenv.errors import MlenvError, UsageError
-from mlenv.spec.reader import read_document, read_spec
+from mlenv.spec.reader import read_spec
 from mlenv.spec.values import GpuSelection
 
 if TYPE_CHECKING:
@@ -28,6 +25,7 @@ if TYPE_CHECKING:
     from mlenv.lock.model import Lock
     from mlenv.progress import Progress
     from mlenv.spec.model import MountSpec, PortSpec, Spec
+    from mlenv.spec.reader import Document
 
 IDLE = ("sleep", "infinity")
 """What an environment's container runs while kernels come and go."""
@@ -63,6 +61,8 @@ class LocalRunner:
             network="private" if network else "none",
             ignore_chown=True,
         )
+        import tempfile
+
         with tempfile.TemporaryDirectory(prefix="build-", dir=paths.run_dir()) as folder:
             bundle = Path(folder)
             (bundle / "rootfs").mkdir()
@@ -73,6 +73,8 @@ class LocalRunner:
 
 def _foreground(bundle: Path, output_fd: int) -> int:
     """Run a bundle to its end; Ctrl-C ends the container first and then this call."""
+    import subprocess
+
     core = Path(lifecycle.__file__).with_name("__main__.py")
     command = [
         sys.executable,
@@ -82,7 +84,7 @@ def _foreground(bundle: Path, output_fd: int) -> int:
         "run",
         "--bundle",
         str(bundle),
-        f"build-{secrets.token_hex(6)}",
+        f"build-{os.urandom(6).hex()}",
     ]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output_fd, stderr=output_fd) as process:
         try:
@@ -181,15 +183,14 @@ def spec_options(spec: Spec, *, publish: Sequence[oci.Port] = ()) -> Options:
     )
 
 
-def file_options(spec_path: Path) -> Options:
-    """Return what the spec in a file asks of its container, without its model where it asks for nothing.
+def document_options(document: Document) -> Options:
+    """Return what a spec asks of its container, without its model where it asks for nothing.
 
     For a spec whose lock matches: it was valid when it was locked.
     """
-    document = read_document(spec_path)
     if document.data.keys() & _RUNTIME_KEYS:
-        return spec_options(read_spec(spec_path))
-    return Options(hostname=hostname(document.data.get("name", spec_path.stem)), gpus=GpuSelection())
+        return spec_options(read_spec(document.path))
+    return Options(hostname=hostname(document.data.get("name", document.path.stem)), gpus=GpuSelection())
 
 
 def limited(resources: oci.Resources, **limits: Any) -> oci.Resources:
@@ -212,8 +213,10 @@ def start_environment(
 
     `folders` appear inside at their own paths, so that paths in notebooks and tracebacks agree.
     """
+    import shutil
+
     _replace_stopped(spec.name)
-    container_id = secrets.token_hex(32)
+    container_id = os.urandom(32).hex()
     kernels = paths.private_dir(paths.kernel_dir(container_id))
     undo.callback(shutil.rmtree, kernels, ignore_errors=True)
     options = spec_options(spec, publish=publish)
@@ -242,6 +245,8 @@ def start_environment(
 
 def stop_environment(container: lifecycle.Container) -> None:
     """Stop an environment's container and remove it with its kernels' sockets."""
+    import shutil
+
     lifecycle.stop(container, timeout=2.0)
     lifecycle.remove(container, force=True)
     shutil.rmtree(paths.kernel_dir(container.id), ignore_errors=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from difflib import get_close_matches
 from pathlib import Path
 
 from mlenv import paths
@@ -110,6 +109,8 @@ def _at_path(name: str, *, cwd: Path) -> Path:
         return _in_directory(path)
     if os.path.lexists(path):
         return path
+    from difflib import get_close_matches
+
     near = get_close_matches(path.name, [spec.name for spec in _specs_in(path.parent)], n=3)
     suggestion = _did_you_mean([str(Path(name).with_name(other)) for other in near])
     raise SpecNotFoundError(
@@ -153,6 +154,8 @@ def _unknown_name(name: str, *, cwd: Path) -> SpecNotFoundError:
     if is_directory(cwd / name):
         hint = f"for the directory write `./{name}`"
     else:
+        from difflib import get_close_matches
+
         near = get_close_matches(name, known, n=3, cutoff=0.5)
         hint = _did_you_mean(near) or f"write it to `{FOLDER}/{name}.yaml`; `mlenv envs` lists what there is"
     return SpecNotFoundError(f"no environment is called `{name}`", cause=f"looked in\n{looked}", hint=hint)

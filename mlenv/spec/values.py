@@ -6,11 +6,8 @@ with what is wrong and a one-line remedy. Nothing here imports pydantic, for the
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from dataclasses import dataclass
-from decimal import Decimal
-from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from mlenv.spec.faults import quote
@@ -92,6 +89,8 @@ class GpuSelection:
 
 def did_you_mean(text: str, valid: Iterable[str]) -> str | None:
     """Return the nearest of the valid names as a hint, None where nothing is near."""
+    from difflib import get_close_matches
+
     names = {name.lower(): name for name in valid}
     near = get_close_matches(text.lower(), names, n=1, cutoff=0.6)
     return f"did you mean `{names[near[0]]}`?" if near else None
@@ -108,6 +107,8 @@ def one_of(text: str, valid: Iterable[str]) -> str:
 
 def parse_size(text: str) -> int:
     """Return the bytes that a size means: 16GB = 16 * 10^9, 16GiB and Docker's 16g = 16 * 2^30."""
+    from decimal import Decimal
+
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise BadValueError(
@@ -148,6 +149,8 @@ def _address(text: str | None) -> str:
         return LOCALHOST
     bare = text[1:-1] if text.startswith("[") else text
     try:
+        import ipaddress
+
         return str(ipaddress.ip_address(bare))
     except ValueError:
         hint = f"write `{LOCALHOST}`, `0.0.0.0` or `[::1]`, or leave the address out"

@@ -18,6 +18,7 @@ from mlenv.lock.file import (
     LockStatus,
     canonical_bytes,
     lock_state,
+    matching_digest,
     matching_lock,
     parse_lock,
     read_lock,
@@ -85,6 +86,19 @@ def test_a_lock_is_written_and_read_back(tmp_path: Path) -> None:
     assert path.read_bytes() == canonical_bytes(LOCK)
     assert LOCK.digest == canonical.digest(path.read_bytes())
     assert [entry.name for entry in path.parent.iterdir()] == ["x.lock.json"]
+
+
+def test_a_matching_lock_is_known_by_its_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "x.lock.json"
+    write_lock(path, LOCK)
+    assert matching_digest(path, LOCK.spec) == (LOCK.name, LOCK.digest)
+    assert matching_digest(path, "sha256:" + "0" * 64) is None
+    assert matching_digest(tmp_path / "missing", LOCK.spec) is None
+    for content in (b"[]", b"{", b"[" * 10000, b"{}", b'{"spec": "%s"}' % LOCK.spec.encode(), b"\xff"):
+        path.write_bytes(content)
+        assert matching_digest(path, LOCK.spec) is None
+    path.write_bytes(changed("name", value="another"))
+    assert matching_digest(path, LOCK.spec) != ("another", LOCK.digest)
 
 
 def test_each_package_stands_on_a_line_of_its_own() -> None:

@@ -1,4 +1,4 @@
-"""Containers where version 2 is alone and where there are no cgroups: this host, through a mount namespace."""
+"""Containers where version 2 is alone and where there are no cgroups: this host in a mount namespace."""
 
 from __future__ import annotations
 

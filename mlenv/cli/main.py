@@ -49,8 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         status = run(words)
     except KeyboardInterrupt:  # between the command's end and ours
         status = 130
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is over: a late Ctrl-C must not change the status
+    hear_no_more()
     sys.exit(status)
+
+
+def hear_no_more() -> None:
+    """Ignore polite ends from here on: what was asked for is done, and too late to be undone."""
+    for polite_end in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(polite_end, signal.SIG_IGN)
 
 
 def run(words: Sequence[str]) -> int:

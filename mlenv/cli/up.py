@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mlenv.cli import options, render
+from mlenv.cli.main import hear_no_more
 
 if TYPE_CHECKING:
     from contextlib import ExitStack
@@ -76,6 +77,7 @@ def command(
         if server is not None:
             server.wait()
         _announce(up, server, progress, as_json=as_json, browser=not (no_browser or detach or no_jupyter))
+        hear_no_more()
 
 
 def _server(folder: Path, port: int | None, undo: ExitStack, progress: Progress) -> Server:

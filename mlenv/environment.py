@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from mlenv import paths
 from mlenv.errors import MlenvError, NoSuchContainerError
 from mlenv.lock.file import matching_digest, matching_lock, write_lock
-from mlenv.spec.reader import read_document, read_spec
+from mlenv.spec.reader import read_document, read_outline, read_spec
 from mlenv.spec.sources import locate, lock_path
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mlenv.lock.model import Lock
     from mlenv.progress import Progress
     from mlenv.spec.model import GpuSelection, Spec
-    from mlenv.spec.reader import Document
+    from mlenv.spec.reader import Outline
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,26 +99,26 @@ def start(
 
 
 def build(
-    spec_path: Path, *, document: Document | None = None, mirror: str | None = None, progress: Progress
+    spec_path: Path, *, outline: Outline | None = None, mirror: str | None = None, progress: Progress
 ) -> Image:
     """Build the image of a spec and return it; an unchanged one costs reading the spec and the lock.
 
-    `document` is the spec where the caller has read it.
+    `outline` is the spec's where the caller has read it.
     """
-    built = _find_built(document or read_document(spec_path))
+    built = _find_built(outline or read_outline(spec_path))
     if built is not None:
         return built
     lock = ensure_lock(spec_path, mirror=mirror, progress=progress)
     return ensure_image(lock, spec_path=spec_path, mirror=mirror, progress=progress)
 
 
-def _find_built(document: Document) -> Image | None:
+def _find_built(outline: Outline) -> Image | None:
     """Return the image of a spec whose lock the store knows, without the models of locks and of packages."""
     from mlenv.image.build import find_built
     from mlenv.image.store import Store, explain_os_errors
 
-    for place in _lock_places(lock_path(document.path), document.digest):
-        matching = matching_digest(place, document.digest)
+    for place in _lock_places(lock_path(outline.path), outline.digest):
+        matching = matching_digest(place, outline.digest)
         if matching is not None:
             name, digest = matching
             with explain_os_errors(f"the image of `{name}` cannot be stored"):

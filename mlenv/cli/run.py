@@ -75,8 +75,8 @@ def _image(text: str, mirror: str | None, progress: Progress) -> tuple[Image, Op
     """Return the image that a spec's name or file means, else an image's reference, and its options."""
     from mlenv import environment, paths
     from mlenv.errors import ImageNotFoundError, SpecNotFoundError
-    from mlenv.launch.local import Options, document_options
-    from mlenv.spec.reader import read_document
+    from mlenv.launch.local import Options, outline_options
+    from mlenv.spec.reader import read_outline
     from mlenv.spec.sources import locate
 
     try:
@@ -91,9 +91,9 @@ def _image(text: str, mirror: str | None, progress: Progress) -> tuple[Image, Op
             raise ImageNotFoundError(
                 f"`{text}` is neither an environment nor an image", cause=no_spec.message, hint=no_image.hint
             ) from no_spec
-    document = read_document(spec_path)
-    chosen = environment.build(spec_path, document=document, mirror=mirror, progress=progress)
-    return chosen, document_options(document)
+    outline = read_outline(spec_path)
+    chosen = environment.build(spec_path, outline=outline, mirror=mirror, progress=progress)
+    return chosen, outline_options(outline)
 
 
 def _options(defaults: Options, args: tuple[str, ...], asked: dict[str, Any]) -> Options:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mlenv.lock.model import Lock
     from mlenv.progress import Progress
     from mlenv.spec.model import MountSpec, PortSpec, Spec
-    from mlenv.spec.reader import Document
+    from mlenv.spec.reader import Outline
 
 IDLE = ("sleep", "infinity")
 """What an environment's container runs while kernels come and go."""
@@ -183,14 +183,14 @@ def spec_options(spec: Spec, *, publish: Sequence[oci.Port] = ()) -> Options:
     )
 
 
-def document_options(document: Document) -> Options:
+def outline_options(outline: Outline) -> Options:
     """Return what a spec asks of its container, without its model where it asks for nothing.
 
     For a spec whose lock matches: it was valid when it was locked.
     """
-    if document.data.keys() & _RUNTIME_KEYS:
-        return spec_options(read_spec(document.path))
-    return Options(hostname=hostname(document.data.get("name", document.path.stem)), gpus=GpuSelection())
+    if outline.data.keys() & _RUNTIME_KEYS:
+        return spec_options(read_spec(outline.path))
+    return Options(hostname=hostname(outline.data.get("name", outline.path.stem)), gpus=GpuSelection())
 
 
 def limited(resources: oci.Resources, **limits: Any) -> oci.Resources:

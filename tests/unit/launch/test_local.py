@@ -11,9 +11,9 @@ import pytest
 from mlenv.container import config as oci
 from mlenv.errors import MlenvError, UsageError
 from mlenv.launch import local
-from mlenv.launch.local import Options, bundle_config, document_options, hostname, limited, spec_options
+from mlenv.launch.local import Options, bundle_config, hostname, limited, outline_options, spec_options
 from mlenv.progress import SilentProgress
-from mlenv.spec.reader import read_document, read_spec
+from mlenv.spec.reader import read_outline, read_spec
 
 
 @dataclass
@@ -106,11 +106,11 @@ class TestSpecOptions:
     def test_a_spec_that_shapes_no_container_needs_no_model(self, tmp_path, monkeypatch):
         monkeypatch.setattr(local, "read_spec", lambda _: pytest.fail("the model was read"))
         path = write_spec(tmp_path, "name: quick\npython: '3.11'\npackages: [numpy]\n")
-        assert document_options(read_document(path)).hostname == "quick"
+        assert outline_options(read_outline(path)).hostname == "quick"
 
     def test_both_ways_agree(self, tmp_path):
         path = write_spec(tmp_path, "python: '3.11'\n")
-        by_model, by_file = spec_options(read_spec(path)), document_options(read_document(path))
+        by_model, by_file = spec_options(read_spec(path)), outline_options(read_outline(path))
         assert (by_file.hostname, by_file.gpus, by_file.network) == (
             by_model.hostname,
             by_model.gpus,

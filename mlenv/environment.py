@@ -246,11 +246,13 @@ def undo_on_failure() -> Iterator[ExitStack]:
         try:
             yield undo
         except BaseException:
-            heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            polite_ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            heard = [signal.signal(polite_end, signal.SIG_IGN) for polite_end in polite_ends]
             try:
                 undo.close()
             finally:
-                signal.signal(signal.SIGINT, heard)
+                for polite_end, handler in zip(polite_ends, heard, strict=True):
+                    signal.signal(polite_end, handler)
             raise
         undo.pop_all()
 

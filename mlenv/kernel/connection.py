@@ -66,12 +66,22 @@ class Connection:
         return all(self.socket(channel).exists() for channel in CHANNELS)
 
     def prepare(self) -> None:
-        """Write the connection file and remove the sockets of a kernel that was here before."""
-        self.directory.mkdir(mode=0o700, exist_ok=True)
-        for channel in CHANNELS:
-            self.socket(channel).unlink(missing_ok=True)
-        descriptor = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        """Write the connection file anew and remove the sockets of a kernel that was here before.
+
+        The container can write here too: no link that it may have put in a file's place is followed.
+        """
+        with suppress(FileExistsError):
+            self.directory.mkdir(mode=0o700)
+        directory_fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            for path in (self.file, *map(self.socket, CHANNELS)):
+                with suppress(FileNotFoundError):
+                    os.unlink(path.name, dir_fd=directory_fd)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            file_fd = os.open(self.file.name, flags, 0o600, dir_fd=directory_fd)
+        finally:
+            os.close(directory_fd)
+        with os.fdopen(file_fd, "w", encoding="utf-8") as file:
             json.dump(self.document, file)
 
     def remove(self) -> None:
@@ -101,11 +111,14 @@ def new_connection(container_id: str, signing: Mapping[str, str]) -> Connection:
 
 
 def _sweep(parent: Path) -> None:
-    """Remove the directories that nobody holds any more."""
+    """Remove the directories that nobody holds any more, and whatever else a container put beside them."""
     for directory in parent.iterdir():
         try:
             free_fd = _locked(directory, wait=False)
-        except BlockingIOError:
+        except (BlockingIOError, FileNotFoundError):
+            continue
+        except NotADirectoryError:
+            directory.unlink(missing_ok=True)
             continue
         _remove(directory)
         os.close(free_fd)
@@ -114,9 +127,9 @@ def _sweep(parent: Path) -> None:
 def _locked(directory: Path, *, wait: bool) -> int:
     """Return the descriptor of a directory with a lock that ends when the descriptor is closed, or we die.
 
-    Raises: BlockingIOError where another holds it and we do not wait.
+    Raises: BlockingIOError where another holds it and we do not wait; NotADirectoryError for a link too.
     """
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BaseException:
@@ -126,5 +139,8 @@ def _locked(directory: Path, *, wait: bool) -> int:
 
 
 def _remove(directory: Path) -> None:
+    if directory.is_symlink() or directory.is_file():  # a container's doing: rmtree takes neither
+        directory.unlink(missing_ok=True)
+        return
     with suppress(FileNotFoundError):
         shutil.rmtree(directory)

@@ -126,12 +126,20 @@ class TestUndo:
             fail(KeyboardInterrupt(), (undone.append, 1), (undone.append, 2))
         assert undone == [2, 1]
 
-    def test_a_second_ctrl_c_does_not_cut_the_undo_short(self):
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+    def test_a_second_polite_end_does_not_cut_the_undo_short(self, number):
+        def interrupt(number, frame):
+            raise KeyboardInterrupt
+
         undone = []
-        with pytest.raises(ValueError, match="first"):
-            fail(ValueError("first"), (undone.append, 1), (signal.raise_signal, signal.SIGINT))
-        assert undone == [1]
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        before = signal.signal(number, interrupt)
+        try:
+            with pytest.raises(ValueError, match="first"):
+                fail(ValueError("first"), (undone.append, 1), (signal.raise_signal, number))
+            assert undone == [1]
+            assert signal.getsignal(number) is interrupt
+        finally:
+            signal.signal(number, before)
 
 
 class TestOneAtATime:

@@ -58,3 +58,42 @@ def test_a_front_end_that_died_is_swept_and_one_that_lives_is_not():
     mine.remove()
     next_one.remove()
     assert list(mine.directory.parent.iterdir()) == []
+
+
+class TestHostileContainer:
+    """The container can write to the directory too: what it plants there reaches nothing of the host's."""
+
+    @pytest.fixture
+    def victim(self, tmp_path):
+        path = tmp_path / "victim"
+        path.write_text("mine")
+        return path
+
+    def test_a_link_for_the_connection_file_is_replaced_and_not_followed(self, victim):
+        connection = new_connection(ID, SIGNING)
+        connection.file.symlink_to(victim)
+        connection.prepare()
+        assert victim.read_text() == "mine"
+        assert not connection.file.is_symlink()
+        assert json.loads(connection.file.read_text()) == connection.document
+        connection.remove()
+
+    def test_a_link_for_the_directory_is_refused(self, victim):
+        connection = new_connection(ID, SIGNING)
+        connection.directory.rmdir()
+        connection.directory.symlink_to(victim.parent)
+        with pytest.raises(NotADirectoryError):
+            connection.prepare()
+        connection.remove()
+        assert list(victim.parent.glob("connection.json")) == []
+        assert victim.read_text() == "mine"
+
+    def test_strays_are_swept_and_hinder_no_later_kernel(self, victim):
+        first = new_connection(ID, SIGNING)
+        (first.directory.parent / "stray").write_text("x")
+        (first.directory.parent / "link").symlink_to(victim.parent)
+        second = new_connection(ID, SIGNING)
+        assert sorted(first.directory.parent.iterdir()) == sorted([first.directory, second.directory])
+        assert victim.read_text() == "mine"
+        first.remove()
+        second.remove()

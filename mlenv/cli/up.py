@@ -124,4 +124,4 @@ def _announce(
     if browser and sys.stderr.isatty() and (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         import webbrowser
 
-        webbrowser.open(server.url)
+        webbrowser.open(server.page.as_uri())

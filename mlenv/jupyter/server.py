@@ -67,6 +67,11 @@ class Server:
         """The address of JupyterLab with the token that opens it."""
         return f"http://127.0.0.1:{self.port}/lab?token={self.token}"
 
+    @property
+    def page(self) -> Path:
+        """A private file that leads a browser to `url`: the arguments of a browser show in `ps`."""
+        return directory() / "runtime" / f"jpserver-{self.pid}-open.html"
+
     def wait(self) -> None:
         """Return once the server answers, and confirm it; at once where it was running before.
 

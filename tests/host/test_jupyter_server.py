@@ -84,6 +84,7 @@ def test_it_listens_on_this_machine_only_and_keeps_its_token_private(home, folde
     assert bound == {f"0100007F:{free_port:04X}"}
     assert running.token not in Path(f"/proc/{running.pid}/cmdline").read_text()
     assert running.token not in Path(f"/proc/{running.pid}/environ").read_text()
+    assert running.token in running.page.read_text()
     for path in configuration.directory().rglob("*"):
         if path.is_file() and running.token in path.read_text(errors="replace"):
             assert path.is_relative_to(home / "run")

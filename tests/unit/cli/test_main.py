@@ -87,7 +87,7 @@ def test_errors_are_conversation_and_json_errors_are_data(capfd, monkeypatch):
 def test_json_after_a_double_dash_is_the_commands_own(capfd, monkeypatch):
     fault = MlenvError("it broke")
     monkeypatch.setattr(main, "_invoke", raising(fault))
-    assert outcome(capfd, "run", "x", "--", "--json") == (1, "", "error[failed]: it broke\n")
+    assert outcome(capfd, "run", "x", "--", "--json") == (125, "", "error[failed]: it broke\n")
 
 
 @pytest.mark.parametrize(
@@ -103,6 +103,21 @@ def test_what_the_system_refuses_gets_a_remedy(capfd, monkeypatch, raised, statu
     got, out, err = outcome(capfd, "ps")
     assert (got, out) == (status, "")
     assert err.startswith(f"error[{code}]: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (("run", "x", "true"), 125),
+        (("exec", "x", "true"), 125),
+        (("start", "-a", "x"), 125),
+        (("start", "x"), 1),
+        (("ps",), 1),
+    ],
+)
+def test_a_failure_of_ours_is_never_taken_for_the_commands(capfd, monkeypatch, words, status):
+    monkeypatch.setattr(main, "_invoke", raising(MlenvError("it broke")))
+    assert outcome(capfd, *words)[0] == status
 
 
 def test_ctrl_c_is_130(capfd, monkeypatch):

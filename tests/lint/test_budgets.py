@@ -39,9 +39,8 @@ RUN = """
 import os, sys
 before = set(sys.modules)
 from mlenv.cli.main import main
-sys.argv = ["mlenv", *sys.argv[1:]]
 try:
-    main()
+    main(sys.argv[1:])
 except SystemExit as ended:
     status = ended.code
 else:

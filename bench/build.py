@@ -1,9 +1,9 @@
 """Building environments: cold, unchanged, one package added, and a second one that shares PyTorch.
 
 Both sides install the same locked wheels from an index on the loopback interface onto the same base,
-which is there beforehand. Docker's side is the best practice we know: BuildKit, uv, its cache on a cache
-mount, link mode copy. Each round starts from a fresh store and a fresh uv cache; nothing is deleted
-between rounds, because ext4 slows down where inodes were freed a moment before.
+which is there beforehand with ipykernel. Docker's side is the best practice we know: BuildKit, uv, its
+cache on a cache mount, link mode copy. Each round starts from a fresh store and a fresh uv cache;
+nothing is deleted between rounds, because ext4 slows down where inodes were freed a moment before.
 """
 
 from __future__ import annotations
@@ -246,7 +246,6 @@ def write_context(context: Path, specs: Path, name: str, url: str, number: int) 
     options = "" if name == UNLOCKED else "--no-deps --require-hashes "
     (context / "Dockerfile").write_text(
         f"FROM bench-uv\nENV UV_LINK_MODE=copy UV_DEFAULT_INDEX={url} ROUND={number}\n"
-        "RUN uv venv -q --python /usr/bin/python3.11 /opt/env\n"
         "COPY requirements.txt /tmp/requirements.txt\n"
         f"RUN --mount=type=cache,id=uv-{number},target=/root/.cache/uv"
         f" uv pip install -q --python /opt/env/bin/python {options}-r /tmp/requirements.txt\n"

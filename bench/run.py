@@ -69,28 +69,37 @@ def arguments() -> argparse.Namespace:
 
 
 def measure(asked: argparse.Namespace, work: Path) -> list[Section]:
-    """Return the chosen sections, measured."""
+    """Return the chosen sections, measured; one that fails says why and leaves the others standing."""
     os.environ["MLENV_HOME"] = str(work / "home")
+    spec = build.write_specs(work / "base-spec") / "bench-base.yaml"
+    progress("building the base environment")
+    call(*start.MLENV, "build", spec)
+    rootfs = start.rootfs_of(spec.stem, work / "rootfs.tar")
     made: list[Section] = []
     with ExitStack() as stack:
-        spec = build.write_specs(work / "base-spec") / "bench-base.yaml"
-        progress("building the base environment")
-        call(*start.MLENV, "build", spec)
         docker = _docker(stack, work)
-        if {"start", "build"} & set(asked.sections):
-            rootfs = start.rootfs_of(str(spec), work / "rootfs.tar")
-        if "start" in asked.sections:
-            made.append(
+
+        def start_section() -> list[Section]:
+            return [
                 start.section(
-                    image=str(spec), rootfs_tar=rootfs, docker=docker, work=work, rounds=asked.rounds
+                    image=spec.stem, rootfs_tar=rootfs, docker=docker, work=work, rounds=asked.rounds
                 )
-            )
-        if "kernel" in asked.sections:
+            ]
+
+        def kernel_section() -> list[Section]:
             import kernel
 
-            made.append(kernel.section(spec=spec, work=work, rounds=asked.rounds))
-        if "build" in asked.sections:
-            made += build.sections(docker=docker, rootfs_tar=rootfs, work=work, rounds=asked.builds)
+            return [kernel.section(spec=spec, work=work, rounds=asked.rounds)]
+
+        def build_sections() -> list[Section]:
+            return build.sections(docker=docker, rootfs_tar=rootfs, work=work, rounds=asked.builds)
+
+        known = {"start": start_section, "kernel": kernel_section, "build": build_sections}
+        for name in asked.sections:
+            try:
+                made += known[name]()
+            except UnusableError as error:
+                made.append(Section(title=name, times={}, unusable={name: str(error)}))
     return made
 
 

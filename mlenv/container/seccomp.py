@@ -76,7 +76,11 @@ _NEVER = (
 )
 _CONDITIONAL = frozenset(("clone", "clone3", "personality", "socket"))
 _NAMESPACE_FLAGS = 0x7E020000
-_AF_VSOCK = 40
+_FAMILIES = ((0xFFFFFFE0, 0), (0xFFFFFFF8, 32), (0xFFFFFFFF, 41), (0xFFFFFFFE, 42), (0xFFFFFFFC, 44))
+"""Masks and values of the address families 0 to 47 without 40, AF_VSOCK, which reaches the hypervisor.
+
+Of the argument's 64 bits the kernel takes 32, and a caller may leave anything in the others.
+"""
 _PERSONALITIES = (0x0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF)
 """Linux, 16-bit and 32-bit user ids, and the question which one it is."""
 
@@ -110,18 +114,18 @@ def default_profile(capabilities: Sequence[str], *, ignore_chown: bool = False) 
 
 
 def _conditional_rules(namespaces: bool) -> list[dict[str, Any]]:  # noqa: FBT001
-    def when(name: str, value: int, operation: str, mask: int = 0) -> dict[str, Any]:
-        test = {"index": 0, "value": mask or value, "op": operation}
-        if mask:
-            test["valueTwo"] = value
+    def when(name: str, value: int, mask: int | None = None) -> dict[str, Any]:
+        test: dict[str, Any] = {"index": 0, "value": value, "op": "SCMP_CMP_EQ"}
+        if mask is not None:
+            test |= {"value": mask, "valueTwo": value, "op": "SCMP_CMP_MASKED_EQ"}
         return {"names": [name], "action": "SCMP_ACT_ALLOW", "args": [test]}
 
-    rules = [when("personality", value, "SCMP_CMP_EQ") for value in _PERSONALITIES]
-    rules.append(when("socket", _AF_VSOCK, "SCMP_CMP_NE"))
+    rules = [when("personality", value) for value in _PERSONALITIES]
+    rules += [when("socket", value, mask) for mask, value in _FAMILIES]
     if namespaces:
         rules.append({"names": ["clone", "clone3"], "action": "SCMP_ACT_ALLOW"})
     else:
-        rules.append(when("clone", 0, "SCMP_CMP_MASKED_EQ", _NAMESPACE_FLAGS))
+        rules.append(when("clone", 0, _NAMESPACE_FLAGS))
         rules.append({"names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": _ENOSYS})
     return rules
 

@@ -82,7 +82,15 @@ def test_clone_makes_processes_and_no_namespaces() -> None:
 def test_vsock_is_the_only_family_refused() -> None:
     program = seccomp.assemble(seccomp.default_profile([]), "x86_64")
     number = numbers("x86_64")["socket"]
-    assert [family for family in range(64) if evaluate(program, number, (family,)) != ALLOW] == [40]
+    assert [family for family in range(48) if evaluate(program, number, (family,)) != ALLOW] == [40]
+
+
+@pytest.mark.parametrize("high", [1, 0x80000000, 0xFFFFFFFF])
+def test_a_family_is_told_by_the_bits_that_the_kernel_takes(high: int) -> None:
+    program = seccomp.assemble(seccomp.default_profile([]), "x86_64")
+    number = numbers("x86_64")["socket"]
+    assert evaluate(program, number, (high << 32 | 40,)) == ERRNO | errno.EPERM
+    assert evaluate(program, number, (high << 32 | 2,)) == ALLOW
 
 
 def test_chown_that_succeeds_without_doing() -> None:

@@ -58,16 +58,6 @@ class Status(str, Enum):
         """Whether its process runs."""
         return self is Status.RUNNING
 
-    @property
-    def can_start(self) -> bool:
-        """Whether it can be started: for the first time, or again with what it had written."""
-        return self is not Status.RUNNING
-
-    @property
-    def can_remove(self) -> bool:
-        """Whether it can be removed without ending it first."""
-        return self is not Status.RUNNING
-
 
 @dataclass(kw_only=True, slots=True)
 class Container:

@@ -542,12 +542,6 @@ def _is_local(server: str) -> bool:
     return server.startswith(("127.", "fe80:", "::ffff:127.")) or server in ("::1", "0.0.0.0", "::")  # noqa: S104 - compared, not bound
 
 
-def hosts(hostname: str, address: str | None) -> bytes:
-    """Return the /etc/hosts of a container; without an address of its own, its name means loopback."""
-    own = address or "127.0.0.1"
-    return f"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n{own}\t{hostname}\n".encode()
-
-
 # --- text
 
 

@@ -9,10 +9,6 @@ from __future__ import annotations
 import os
 import stat
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 
 def remove(directory: str) -> None:
     """Delete `directory` and all below it; one that is not there is no error.
@@ -30,13 +26,6 @@ def remove(directory: str) -> None:
         if os.geteuid() == 0:
             raise
         _remove_mapped(doomed)
-
-
-def leftovers(parent: str) -> Iterator[str]:
-    """Yield what interrupted removals left in `parent`."""
-    for entry in os.scandir(parent):
-        if entry.name.endswith(".gone"):
-            yield entry.path
 
 
 def remove_tree(path: str) -> None:

@@ -32,7 +32,6 @@ _NOT_FOUND = re.compile(
 _NO_VERSION = re.compile(
     r"there (?:is|are) no versions? of (?P<name>[\w.-]+)(?:\[[^]]*\])?\s*(?P<version>[=<>!~]=?=?[^\s,]+)?"
 )
-_ONLY_OLD = re.compile(r"only (?P<name>[\w.-]+)(?P<version>[<>=!~]+\S+) (?:is|are) available")
 _NO_WHEEL = re.compile(
     r"(?P<name>[\w.-]+?)(?:==(?P<version>\S+))? (?:has|have) no (?:usable )?wheels"
     r"|all versions of (?P<every>[\w.-]+) have no usable wheels"

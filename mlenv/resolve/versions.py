@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
 from mlenv.errors import ImpossibleCombinationError
 
@@ -54,17 +54,3 @@ def has_prefix(version: str, prefix: str) -> bool:
 def numbers(version: str) -> tuple[int, ...]:
     """Return the numbers of a dotted version, for comparison."""
     return tuple(int(part) for part in version.split("."))
-
-
-def newest_first(versions: list[str]) -> list[str]:
-    """Return Python package versions ordered from the newest to the oldest."""
-    return sorted(versions, key=Version, reverse=True)
-
-
-def is_version(text: str) -> bool:
-    """Say whether `text` is one version."""
-    try:
-        Version(text)
-    except InvalidVersion:
-        return False
-    return True

@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 
     from mlenv.resolve.choice import Build
 
-TORCH_PACKAGES = ("torch", "torchvision", "torchaudio")
-"""Packages that the PyTorch wheel index has in one build per variant."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:

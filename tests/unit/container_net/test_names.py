@@ -48,15 +48,3 @@ def test_of_several_the_reachable_ones_stay(resolver: Path) -> None:
 
 def test_a_host_without_the_file(resolver: Path) -> None:
     assert net.resolv_conf("private") == b""
-
-
-def test_hosts_names_the_container() -> None:
-    assert net.hosts("vision", "10.207.0.2").splitlines() == [
-        b"127.0.0.1\tlocalhost",
-        b"::1\tlocalhost ip6-localhost ip6-loopback",
-        b"10.207.0.2\tvision",
-    ]
-
-
-def test_hosts_without_an_address() -> None:
-    assert net.hosts("vision", None).splitlines()[-1] == b"127.0.0.1\tvision"

@@ -65,6 +65,8 @@ def _row(container: Container, now: float) -> tuple[str, ...]:
 def _status(container: Container, now: float) -> str:
     if container.status.is_running:
         return f"Up {render.age(container.started or now, now)}"
+    if container.status.is_damaged:
+        return "Damaged"
     if container.finished is not None:
         return f"Exited ({container.exit_code}) {render.age(container.finished, now)} ago"
     return "Created"

@@ -48,6 +48,8 @@ class Status(str, Enum):
     CREATED = "created"
     RUNNING = "running"
     STOPPED = "stopped"
+    DAMAGED = "damaged"
+    """Ours: its state cannot be read, and so it can only be removed."""
 
     def __str__(self) -> str:
         """Return the status as `ps` shows it."""
@@ -57,6 +59,11 @@ class Status(str, Enum):
     def is_running(self) -> bool:
         """Whether its process runs."""
         return self is Status.RUNNING
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether its state cannot be read."""
+        return self is Status.DAMAGED
 
 
 @dataclass(kw_only=True, slots=True)
@@ -112,12 +119,12 @@ def create(
     container_id = container_id or os.urandom(32).hex()
     name = _checked_name(name) if name else f"{container_id[:12]}"
     root = paths.containers_dir()
-    root.mkdir(mode=0o711, parents=True, exist_ok=True)
+    paths.private_dir(root.resolve())  # nobody else reaches a setuid file that a container has written
     with _locked(root):
         _refuse_taken(root, name)
         directory = root / container_id
         draft = root / f"{container_id}.{os.getpid()}.gone"  # what is not finished is swept like a removal
-        draft.mkdir(mode=0o711)
+        draft.mkdir(mode=0o700)
         try:
             annotations = {**config.get("annotations", {}), bundles.NAME: name}
             complete = {"hostname": container_id[:12], **config, "annotations": annotations}
@@ -140,7 +147,11 @@ def _checked_name(name: str) -> str:
 
 def _refuse_taken(root: Path, name: str) -> None:
     for directory in _directories(root):
-        if state.read(str(directory)).get("name") == name:
+        try:
+            taken = state.read(str(directory)).get("name") == name
+        except (FileNotFoundError, ValueError):  # removed meanwhile; damaged
+            continue
+        if taken:
             raise NameInUseError(
                 f"a container with the name `{name}` exists",
                 hint=f"`mlenv rm {name}`, or choose another name",
@@ -150,7 +161,7 @@ def _refuse_taken(root: Path, name: str) -> None:
 def _fill(
     directory: Path, config: dict[str, Any], container_id: str, name: str, *, remove_on_exit: bool
 ) -> None:
-    record.write(str(directory / "config.json"), config)
+    record.write(str(directory / "config.json"), config, durable=True)
     (directory / "rootfs").mkdir()
     known = {
         "id": container_id,
@@ -204,6 +215,8 @@ def containers(*, all: bool = True) -> list[Container]:  # noqa: A002 - `ps --al
             found.append(_load(directory))
         except FileNotFoundError:  # it has been removed meanwhile
             continue
+        except ValueError as error:
+            found.append(_damaged(directory, str(error)))
     _sweep_foreground()
     wanted = [container for container in found if all or container.status.is_running]
     return sorted(wanted, key=lambda container: container.created, reverse=True)
@@ -247,10 +260,46 @@ def _delete_if_abandoned(path: str) -> None:
         _delete(path)
 
 
+def _damaged(directory: Path, why: str) -> Container:
+    """Return a container of which the disk has lost the state, so that it can be seen and removed."""
+    try:
+        created = directory.stat().st_mtime
+    except FileNotFoundError:
+        created = 0.0
+    try:
+        config = record.read(str(directory / "config.json"))
+        name = config["annotations"][bundles.NAME]
+    except (OSError, ValueError, KeyError, TypeError):  # damaged too
+        config, name = {"process": {"args": []}}, directory.name[:12]
+    return Container(
+        id=directory.name,
+        name=name,
+        status=Status.DAMAGED,
+        pid=None,
+        exit_code=None,
+        created=created,
+        started=None,
+        finished=None,
+        config=config,
+        bundle=directory,
+        ports=(),
+        warnings=(f"its state is damaged: {why}",),
+    )
+
+
+def _checked_state(directory: str) -> dict[str, Any]:
+    """Return a container's state. Raises: OSError; ValueError for a damaged one."""
+    known = state.read(directory)
+    missing = {"id", "name", "status", "created"} - known.keys()
+    if missing:
+        raise ValueError(f"`{directory}/{state.STATE_FILE}` has no {', '.join(sorted(missing))}")
+    return known
+
+
 def _load(directory: Path) -> Container:
     from mlenv.container.config import Port
 
-    known = state.read(str(directory))
+    known = _checked_state(str(directory))
     config = record.read(str(directory / "config.json"))
     asked = record.parse(config.get("annotations", {}).get(bundles.PORTS, "[]"))
     status = Status(known["status"])
@@ -493,6 +542,9 @@ def remove(container: Container, *, force: bool = False) -> None:
         container.channel = None
     if not container.bundle.exists():
         return
+    if container.status.is_damaged:
+        _remove_damaged(container, force=force)
+        return
     if force:
         stop(container, timeout=0)
     if not container.bundle.exists():
@@ -506,6 +558,17 @@ def remove(container: Container, *, force: bool = False) -> None:
         _delete(str(container.bundle))
     if os.path.isdir(paths.kernel_dir(container.id)):
         _delete(str(paths.kernel_dir(container.id)))
+
+
+def _remove_damaged(container: Container, *, force: bool) -> None:
+    if not force:
+        raise ContainerError(
+            f"the state of the container `{container.name}` is damaged",
+            cause="; ".join(container.warnings),
+            hint=f"`mlenv rm -f {container.name}` deletes it with all it has written",
+            code="damaged",
+        )
+    _delete(str(container.bundle))
 
 
 def _delete(directory: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from mlenv.container import frames
+
 try:
     import _json
 except ImportError:  # an interpreter without the C accelerator
@@ -84,13 +86,18 @@ def read(path: str) -> Any:
         return parse(file.read().decode())
 
 
-def write(path: str, value: Any) -> None:
-    """Replace the file `path` by the JSON of `value` in one step, mode 0600."""
+def write(path: str, value: Any, *, durable: bool = False) -> None:
+    """Replace the file `path` by the JSON of `value` in one step, mode 0600.
+
+    `durable`: it is whole after a power cut too, for the price of waiting for the disk. Raises: OSError.
+    """
     content = serialise(value)
     temporary = f"{path}.{os.getpid()}.tmp"
     target_fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        os.write(target_fd, content)
+        frames.write_all(target_fd, content)
+        if durable:
+            os.fsync(target_fd)
     except OSError:
         os.unlink(temporary)
         raise

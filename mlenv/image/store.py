@@ -74,6 +74,9 @@ class Store:
         Raises: StoreError.
         """
         with explain_os_errors(f"the store `{self.root}` cannot be made"):
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if self.root.stat().st_mode & 0o077:  # made by an older mlenv: images hold setuid programs
+                self.root.chmod(0o700)
             for name in _DIRECTORIES:
                 (self.root / name).mkdir(parents=True, exist_ok=True)
             self._check_version()

@@ -85,6 +85,46 @@ def test_wait_can_be_asked_again_and_after_the_end(wanted: Any) -> None:
     assert [lifecycle.wait(container) for _ in range(3)] == [9, 9, 9]
 
 
+def test_nobody_else_reaches_what_it_writes(wanted: Any, home: Path) -> None:
+    """A setuid program that a container's root made is no way to the host's root. Source: CVE-2021-41103."""
+    (home / "containers").mkdir(mode=0o711)
+    container = started(wanted("sh", "-c", "cp /bin/busybox /bin/sesame; chmod 4755 /bin/sesame"))
+    assert lifecycle.wait(container) == 0
+    made = container.bundle / "upper" / "bin" / "sesame"
+    assert made.stat().st_mode & 0o7777 == 0o4755
+    nobody: dict[str, Any] = {"user": 65534, "group": 65534, "extra_groups": []}
+    with pytest.raises(PermissionError):
+        subprocess.run([made, "id"], check=False, **nobody)
+    assert (home / "containers").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"id": "x"', "[]"])
+def test_a_damaged_state_is_shown_and_harms_no_other(wanted: Any, content: str) -> None:
+    lost = lifecycle.create(wanted("true"), name="lost")
+    (lost.bundle / "state.json").write_text(content)
+    other = started(wanted("true"), name="other")
+    assert lifecycle.wait(other) == 0
+    assert {each.name: str(each.status) for each in lifecycle.containers()} == {
+        "lost": "damaged",
+        "other": "stopped",
+    }
+    with pytest.raises(ContainerError, match="damaged"):
+        lifecycle.remove(lifecycle.find("lost"))
+    lifecycle.remove(lifecycle.find("lost"), force=True)
+    assert [each.name for each in lifecycle.containers()] == ["other"]
+
+
+def test_a_name_is_free_while_another_container_goes(wanted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the listing and the look at each one may have been removed."""
+    going = lifecycle.create(wanted("true"), name="going")
+    listed = lifecycle._directories(going.bundle.parent)
+    lifecycle.remove(going)
+    with monkeypatch.context() as patch:
+        patch.setattr(lifecycle, "_directories", lambda root: listed)
+        made = lifecycle.create(wanted("true"), name="staying")
+    assert [each.name for each in lifecycle.containers()] == [made.name]
+
+
 def test_found_by_name_id_and_beginning(wanted: Any) -> None:
     first = lifecycle.create(wanted("true"), name="alpha")
     lifecycle.create(wanted("true"), name="beta")

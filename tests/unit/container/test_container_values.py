@@ -285,6 +285,16 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["state.json"]
 
 
+def test_a_write_that_the_kernel_takes_in_pieces_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, bytes(data)[:7]))
+    record.write(str(tmp_path / "state.json"), {"name": "a" * 100}, durable=True)
+    monkeypatch.undo()
+    assert record.read(str(tmp_path / "state.json")) == {"name": "a" * 100}
+
+
 def test_a_process_is_known_by_more_than_its_pid() -> None:
     mine = state.identity(os.getpid())
     assert mine is not None

@@ -39,6 +39,14 @@ def test_a_tree_is_found_again_with_its_facts(store):
     assert leftovers(store) == []
 
 
+def test_only_its_owner_enters_the_store(store):
+    """Images hold setuid programs; a store of an older version is closed when it is opened."""
+    assert store.root.stat().st_mode & 0o777 == 0o700
+    store.root.chmod(0o755)
+    store.prepare()
+    assert store.root.stat().st_mode & 0o777 == 0o700
+
+
 def test_the_first_of_two_makers_wins(store):
     add(store, text="first")
     assert (add(store, text="second").fs / "file").read_text() == "first"

@@ -7,10 +7,11 @@ SIGKILL.
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # `signal` imports enum: 8 ms
+import errno
 import os
 
 from mlenv.container import bundle as bundles
-from mlenv.container import process, state, surroundings
+from mlenv.container import process, removal, state, surroundings
 from mlenv.errors import ContainerError
 
 TYPE_CHECKING = False
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 FOREGROUND = "foreground"
 """Directory below the root that holds the states of containers without a shim."""
+_GONE = ".gone"
 _FORWARDED = (
     _signal.SIGHUP,
     _signal.SIGINT,
@@ -51,7 +53,8 @@ def run(*, bundle: str, container_id: str, root: str | None = None) -> int:
 
     Raises: ContainerError; ContainerStartError with 125, 126 or 127.
     """
-    if not container_id or container_id.startswith(".") or not _ID_CHARACTERS.issuperset(container_id):
+    refused = container_id.startswith(".") or container_id.endswith(_GONE)
+    if not container_id or refused or not _ID_CHARACTERS.issuperset(container_id):
         raise ContainerError(f"`{container_id}` is no container id", hint="use letters, digits and _ . - +")
     loaded = bundles.read(bundle)
     process.hold_signals(_FORWARDED)
@@ -67,21 +70,85 @@ def run(*, bundle: str, container_id: str, root: str | None = None) -> int:
 
 
 def _claim(root: str, container_id: str) -> str:
-    directory = os.path.join(root, FOREGROUND, container_id)
-    os.makedirs(directory, 0o700, exist_ok=True)
-    if os.stat(directory).st_uid != os.geteuid():
-        raise ContainerError(
-            f"`{directory}` belongs to someone else", hint="give --root a directory of yours"
-        )
-    if state.lock(directory, wait=False) is None:
-        raise ContainerError(f"a container `{container_id}` is running", hint="give another id")
+    """Return the container's new directory, locked; it has its name only with the lock already held."""
+    parent = os.path.join(root, FOREGROUND)
+    os.makedirs(parent, 0o700, exist_ok=True)
+    if os.stat(parent).st_uid != os.geteuid():
+        raise ContainerError(f"`{parent}` belongs to someone else", hint="give --root a directory of yours")
+    directory = os.path.join(parent, container_id)
+    sweep(directory)  # the same id may be left by one that was killed
+    draft = _doomed(directory)
+    os.mkdir(draft, 0o700)
+    try:
+        state.lock(draft)
+        os.rename(draft, directory)
+    except OSError as error:
+        _delete(draft)
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise ContainerError(
+                f"a container `{container_id}` is running", hint="give another id"
+            ) from error
+        raise
+    except BaseException:
+        _delete(draft)
+        raise
     return directory
 
 
+def _doomed(directory: str) -> str:
+    """Return the name of what is not made yet, or not deleted yet, by this process."""
+    return f"{directory}.{os.getpid()}{_GONE}"
+
+
 def _release(directory: str) -> None:
+    doomed = _doomed(directory)
+    os.rename(directory, doomed)
+    _delete(doomed)
+
+
+def _delete(directory: str) -> None:
     for name in os.listdir(directory):
         os.unlink(os.path.join(directory, name))
     os.rmdir(directory)
+
+
+def sweep_all(root: str) -> None:
+    """Undo what killed containers below `root` left."""
+    try:
+        names = os.listdir(os.path.join(root, FOREGROUND))
+    except FileNotFoundError:
+        return
+    for name in names:
+        path = os.path.join(root, FOREGROUND, name)
+        if not name.endswith(_GONE):
+            sweep(path)
+        elif state.start_time(int(name.rsplit(".", 2)[1])) is None:
+            removal.remove(path)
+
+
+def sweep(directory: str) -> None:
+    """Undo what the container of this directory left, unless it runs or somebody else does so already."""
+    try:
+        lock_fd = state.lock(directory, wait=False)
+    except FileNotFoundError:
+        return
+    if lock_fd is None:
+        return
+    try:
+        if not _is_at(lock_fd, os.path.join(directory, "lock")):  # it ended, and another has its name now
+            return
+        if os.path.exists(os.path.join(directory, state.STATE_FILE)):
+            surroundings.undo(state.read(directory))
+        removal.remove(directory)
+    finally:
+        os.close(lock_fd)
+
+
+def _is_at(descriptor: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _run(bundle: Bundle, container_id: str, directory: str) -> int:

@@ -394,21 +394,11 @@ def _unlink(path: str | None) -> None:
 
 def _sweep_foreground() -> None:
     """Undo what killed containers without a shim left."""
-    root = paths.run_dir() / "foreground"
-    if not root.is_dir():
-        return
-    for directory in list(root.iterdir()):
-        lock_fd = state.lock(str(directory), wait=False)
-        if lock_fd is None:
-            continue
-        try:
-            if (directory / state.STATE_FILE).exists():
-                from mlenv.container import surroundings
+    root = paths.run_dir()
+    if (root / "foreground").is_dir():
+        from mlenv.container import foreground
 
-                surroundings.undo(state.read(str(directory)))
-            removal.remove_tree(str(directory))
-        finally:
-            os.close(lock_fd)
+        foreground.sweep_all(str(root))
 
 
 # --- while it runs

@@ -189,6 +189,58 @@ def test_a_core_is_killed_at_any_moment(home: Path, made: dict[str, Any], delay:
     lifecycle.containers()
 
 
+CLAIMS = """
+import os, sys
+from mlenv.container import foreground
+for number in range(int(sys.argv[2])):
+    foreground._release(foreground._claim(sys.argv[1], f"step-{os.getpid()}"))
+"""
+SWEEPS = """
+import sys
+from mlenv.container import lifecycle
+for number in range(int(sys.argv[1])):
+    lifecycle.containers()
+"""
+
+
+def test_listings_and_build_steps_leave_each_other_alone(home: Path) -> None:
+    """A step's directory comes and goes whole; no look at it takes it for a dead one's."""
+    claims = [[sys.executable, "-c", CLAIMS, str(home / "run"), "400"]] * 2
+    sweeps = [[sys.executable, "-c", SWEEPS, "400"]] * 2
+    running = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True) for words in claims + sweeps]
+    assert [process.communicate(timeout=60)[1] for process in running] == ["", "", "", ""]
+    assert list((home / "run" / "foreground").iterdir()) == []
+
+
+def test_drafts_of_dead_processes_only_are_swept(home: Path) -> None:
+    folder = home / "run" / "foreground"
+    with subprocess.Popen(["true"]) as dead:
+        dead.wait()
+    ours, theirs = folder / f"step.{os.getpid()}.gone", folder / f"step.{dead.pid}.gone"
+    for draft in (ours, theirs):
+        draft.mkdir(parents=True)
+        (draft / "lock").touch()
+    lifecycle.containers()
+    assert list(folder.iterdir()) == [ours]
+    (ours / "lock").unlink()
+    ours.rmdir()
+
+
+def test_the_id_of_a_killed_container_can_be_used_again(home: Path, made: dict[str, Any]) -> None:
+    """What it left is undone first; while it runs its id is taken."""
+    with subprocess.Popen(foreground(home, made), stdout=subprocess.PIPE) as command:
+        assert command.stdout is not None
+        assert command.stdout.readline() == b"running\n"
+        noted = state.read(str(next((home / "run" / "foreground").iterdir())))
+        twice = subprocess.run(foreground(home, made), capture_output=True, text=True, check=False)
+        assert (twice.returncode, "is running" in twice.stderr) == (125, True)
+        command.kill()
+    until(lambda: not alive(noted["init"]["pid"]))
+    made["process"]["args"] = ["true"]
+    assert subprocess.run(foreground(home, made), check=False).returncode == 0
+    assert list((home / "run" / "foreground").iterdir()) == []
+
+
 FAILING = (
     ("unshare", 1, "EPERM"),
     ("unshare", 2, "ENOSPC"),

@@ -120,7 +120,7 @@ def test_a_name_is_free_while_another_container_goes(wanted: Any, monkeypatch: p
     listed = lifecycle._directories(going.bundle.parent)
     lifecycle.remove(going)
     with monkeypatch.context() as patch:
-        patch.setattr(lifecycle, "_directories", lambda root: listed)
+        patch.setattr(lifecycle, "_directories", lambda _: listed)
         made = lifecycle.create(wanted("true"), name="staying")
     assert [each.name for each in lifecycle.containers()] == [made.name]
 

@@ -38,6 +38,10 @@ NETWORKS = ("private", "none", "host")
 VERSION_PREFIX = "1."
 
 _NAMESPACES = ("user", "mount", "pid", "ipc", "uts", "network", "cgroup")
+_IPC_PARAMETERS = tuple(
+    f"kernel.{name}"
+    for name in ("msgmax", "msgmnb", "msgmni", "sem", "shmall", "shmmax", "shmmni", "shm_rmid_forced")
+)
 _SHAPE: dict[str, Any] = {
     "ociVersion": str,
     "hostname": str,
@@ -274,6 +278,7 @@ def _check_linux(linux: Mapping[str, Any], faults: list[str]) -> None:
             faults.append(f"linux.namespaces[{index}].type: `{entry.get('type')}` is not supported")
     if linux.get("rootfsPropagation", "private") not in ("private", "rprivate", "slave", "rslave"):
         faults.append(f"linux.rootfsPropagation: `{linux['rootfsPropagation']}` is not supported")
+    _check_sysctl(linux, faults)
     profile = linux.get("seccomp", {})
     if profile.get("flags"):
         faults.append("linux.seccomp.flags: not supported")
@@ -282,3 +287,27 @@ def _check_linux(linux: Mapping[str, Any], faults: list[str]) -> None:
         for name in profile.get("architectures", ())
         if name not in seccomp.KNOWN_ARCHITECTURES
     ]
+
+
+def _check_sysctl(linux: Mapping[str, Any], faults: list[str]) -> None:
+    """Refuse every kernel parameter that is not of a namespace of the container's own: it is the host's."""
+    own = {entry.get("type") for entry in linux.get("namespaces", ()) if not entry.get("path")}
+    for key, value in linux.get("sysctl", {}).items():
+        kind = _namespace_of(key)
+        if not isinstance(value, str):
+            faults.append(f"linux.sysctl.{key}: must be a string")
+        if kind is None:
+            faults.append(f"linux.sysctl.{key}: belongs to the host, not to a container")
+        elif kind not in own:
+            faults.append(f"linux.sysctl.{key}: needs a {kind} namespace of the container's own")
+
+
+def _namespace_of(key: str) -> str | None:
+    """Return the namespace that has the kernel parameter, None where it is the host's alone."""
+    if "/" in key:
+        return None
+    if key in _IPC_PARAMETERS or key.startswith("fs.mqueue."):
+        return "ipc"
+    if key in ("kernel.domainname", "kernel.hostname"):
+        return "uts"
+    return "network" if key.startswith("net.") else None

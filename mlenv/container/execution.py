@@ -126,6 +126,9 @@ def _start(
     privileges = security.Privileges(bundle.process, bundle.system_call_filter)
     group = state.group_of(known)
     members = group.open_members()
+    init_fd = process.sealed_init()
+    for problem in [*([process.UNSEALED] if init_fd is None else ()), *group.problems]:
+        os.write(2, f"warning: {problem}\n".encode())
     if known["users"] != "root":
         syscalls.setns(pidfd, syscalls.CLONE_NEWUSER | syscalls.CLONE_NEWPID)
         os.setresgid(0, 0, 0)
@@ -137,8 +140,19 @@ def _start(
     if pid == 0:
         ours.close()
         joining = members if group.joins_itself else []
-        _run_child(request, bundle, known, theirs, pidfd=pidfd, privileges=privileges, members=joining)
+        _run_child(
+            request,
+            bundle,
+            known,
+            theirs,
+            pidfd=pidfd,
+            init_fd=init_fd,
+            privileges=privileges,
+            members=joining,
+        )
     theirs.close()
+    if init_fd is not None:
+        os.close(init_fd)
     try:
         for member_fd in members:
             if not group.joins_itself:
@@ -163,13 +177,16 @@ def _run_child(
     channel: Channel,
     *,
     pidfd: int,
+    init_fd: int | None,
     privileges: security.Privileges,
     members: Sequence[int],
 ) -> NoReturn:
     try:
         for member_fd in members:
             os.write(member_fd, b"0")
-        _join_and_execute(request, bundle, known, channel, pidfd=pidfd, privileges=privileges)
+        _join_and_execute(
+            request, bundle, known, channel, pidfd=pidfd, init_fd=init_fd, privileges=privileges
+        )
     except BaseException as error:  # noqa: BLE001 - everything is told to the parent
         channels.tell(channel, error)
     os._exit(125)
@@ -182,11 +199,12 @@ def _join_and_execute(
     channel: Channel,
     *,
     pidfd: int,
+    init_fd: int | None,
     privileges: security.Privileges,
 ) -> None:
     os.setsid()
     syscalls.set_dumpable(0)
-    process.keep_only({channel.socket.fileno(), pidfd})
+    process.keep_only({channel.socket.fileno(), pidfd} | ({init_fd} if init_fd is not None else set()))
     channels.expect(channel, "go")
     joined = [kind for kind in bundle.namespaces if kind not in ("user", "pid")]
     syscalls.setns(pidfd, namespaces.flags(joined))
@@ -210,6 +228,8 @@ def _join_and_execute(
         identity,
         privileges,
         can_set_groups=known["users"] != "single",
+        init_fd=init_fd,
+        gives_streams=request.terminal,
     )
 
 

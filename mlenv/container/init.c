@@ -1,6 +1,10 @@
 /* PID 1 of a container: starts the program, passes signals on, reaps orphans, ends with the program's status.
  *
  * usage: mlenv-init CHANNEL_FD PROGRAM ARG0 [ARG...]
+ *        mlenv-exec CHANNEL_FD PROGRAM ARG0 [ARG...]
+ *
+ * As mlenv-exec it becomes the program in place. An image's `#!/proc/self/exe` then leads to this sealed file
+ * and never to the host's interpreter (CVE-2019-5736).
  *
  * CHANNEL_FD is a SOCK_SEQPACKET socket; it closes when the program is executed. An execve that fails is
  * reported as "init-error ERRNO PROGRAM". Built static, run from a sealed memory file.
@@ -29,6 +33,17 @@ static void report(int channel, int number, const char *program)
 	send(channel, text, length, MSG_NOSIGNAL);
 }
 
+static void become(int channel, char **argv)
+{
+	int number;
+
+	fcntl(channel, F_SETFD, FD_CLOEXEC);
+	execve(argv[2], argv + 3, environ);
+	number = errno;
+	report(channel, number, argv[2]);
+	_exit(number == ENOENT || number == ENOTDIR ? 127 : 126);
+}
+
 static void run(int channel, char **argv, const sigset_t *signals)
 {
 	int terminal = isatty(0);
@@ -41,10 +56,7 @@ static void run(int channel, char **argv, const sigset_t *signals)
 		signal(SIGTTOU, SIG_DFL);
 	}
 	sigprocmask(SIG_UNBLOCK, signals, NULL);
-	fcntl(channel, F_SETFD, FD_CLOEXEC);
-	execve(argv[2], argv + 3, environ);
-	report(channel, errno, argv[2]);
-	_exit(errno == ENOENT || errno == ENOTDIR ? 127 : 126);
+	become(channel, argv);
 }
 
 static int reap(pid_t child)
@@ -70,6 +82,8 @@ int main(int argc, char **argv)
 	channel = atoi(argv[1]);
 	/* The program must not look into us: what we hold open is not its own. */
 	prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
+	if (strcmp(argv[0], "mlenv-exec") == 0)
+		become(channel, argv);
 	prctl(PR_SET_NAME, "mlenv-init", 0, 0, 0);
 	sigfillset(&signals);
 	sigprocmask(SIG_SETMASK, &signals, NULL);

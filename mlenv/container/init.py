@@ -1,6 +1,7 @@
 """PID 1 where the static init was not built: the same work by the interpreter that is already there.
 
-It executes nothing of the host's, and nothing is imported once the container's root is entered.
+Nothing is imported once the container's root is entered. The program is executed by the host's interpreter,
+which an image can then find through /proc/self/exe: the user is warned (`process.UNSEALED`).
 """
 
 from __future__ import annotations

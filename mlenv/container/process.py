@@ -49,6 +49,10 @@ _EXIT_FAILED = 125
 _EXIT_NOT_FOUND = 127
 _SIGKILL = 9
 INIT_BINARY = os.path.join(os.path.dirname(__file__), "init")
+UNSEALED = (
+    "mlenv's init was not built on this machine: programs of the container are executed by the host's own"
+    " interpreter, and an image made to attack it may overwrite it (install a C compiler and mlenv again)"
+)
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -66,7 +70,7 @@ class Started:
 class Plan:
     """All that is decided before the fork."""
 
-    __slots__ = ("bundle", "group", "id_map", "init", "init_fd", "mounts", "privileges", "stdio")
+    __slots__ = ("bundle", "group", "id_map", "init", "init_fd", "mounts", "privileges", "problems", "stdio")
 
     def __init__(self, bundle: Bundle, group: Group, id_map: IdMap, stdio: Sequence[int] = (0, 1, 2)) -> None:
         self.bundle = bundle
@@ -75,7 +79,8 @@ class Plan:
         self.stdio = tuple(stdio)
         self.mounts = mounts.read_mounts(bundle.config.get("mounts", ()), bundle.path)
         self.privileges = security.Privileges(bundle.process, bundle.system_call_filter)
-        self.init_fd = sealed_init() if bundle.wants_init else None
+        self.init_fd = sealed_init()
+        self.problems = [] if self.init_fd is not None else [UNSEALED]
         self.init: Callable[..., NoReturn] | None = None
         if bundle.wants_init and self.init_fd is None:
             from mlenv.container import init
@@ -267,7 +272,9 @@ def _assemble_and_execute(plan: Plan, channel: Channel) -> None:
         plan.privileges,
         can_set_groups=plan.id_map.mode != "single",
         init_fd=plan.init_fd,
+        stays=bundle.wants_init,
         init=plan.init,
+        gives_streams=bool(process.get("terminal")) or plan.stdio != (0, 1, 2),
     )
 
 
@@ -385,14 +392,21 @@ def execute(
     privileges: security.Privileges,
     *,
     can_set_groups: bool,
-    init_fd: int | None = None,
+    init_fd: int | None,
+    stays: bool = False,
     init: Callable[..., NoReturn] | None = None,
+    gives_streams: bool = False,
 ) -> None:
     """Give up what the process shall not have and execute it; returns only by raising.
+
+    `init_fd` is what `sealed_init` returned: it `stays` in front of the program as PID 1, or becomes it.
+    `gives_streams` says that the standard streams were made for this process and shall belong to its user.
 
     Raises: OSError of the call that failed; ContainerStartError for a program that cannot be executed.
     """
     environment = _environment(process, identity)
+    if gives_streams:
+        _give_streams(identity.uid)
     security.become(
         identity, privileges, can_set_groups=can_set_groups, umask=process.get("user", {}).get("umask")
     )
@@ -402,7 +416,8 @@ def execute(
     program = find_program(arguments[0], environment.get("PATH", DEFAULT_PATH))
     syscalls.set_parent_death_signal(_SIGKILL)  # a parent that is gone already shows at the next message
     if init_fd is not None:
-        _execute_init(init_fd, channel, program, arguments, environment)
+        words = ["mlenv-init" if stays else "mlenv-exec", str(channel.socket.fileno()), program, *arguments]
+        _execute_sealed(init_fd, channel, words, environment)
     channel.send("exec")
     if init is not None:
 
@@ -414,6 +429,19 @@ def execute(
         os.execve(program, arguments, environment)
     except OSError as error:
         raise not_executable(program, error) from error
+
+
+def _give_streams(uid: int) -> None:
+    """Make pipes and terminal the user's own, so that /dev/stdout and the like can be opened again."""
+    for descriptor in (0, 1, 2):
+        found = os.fstat(descriptor)
+        if found.st_uid == uid or not (stat.S_ISFIFO(found.st_mode) or os.isatty(descriptor)):
+            continue
+        try:
+            os.fchown(descriptor, uid, -1)
+        except OSError as error:  # an id that is not mapped: where the user's own is not, setresuid says so
+            if error.errno not in (errno.EINVAL, errno.EPERM):
+                raise
 
 
 def _environment(process: dict[str, Any], identity: security.Identity) -> dict[str, str]:
@@ -471,7 +499,8 @@ def find_program(name: str, path: str) -> str:
 def sealed_init() -> int | None:
     """Return mlenv's static init in a sealed memory file, or None where it was not built.
 
-    The container's PID 1 then executes no file of the host: nothing can be overwritten through /proc/1/exe.
+    What a container executes comes from there and from no file of the host, so that nothing of the host can
+    be overwritten through /proc/PID/exe or an image's `#!/proc/self/exe`. Source: CVE-2019-5736.
     """
     try:
         source_fd = os.open(INIT_BINARY, os.O_RDONLY | os.O_CLOEXEC)
@@ -486,14 +515,13 @@ def sealed_init() -> int | None:
     return memory_fd
 
 
-def _execute_init(
-    init_fd: int, channel: Channel, program: str, arguments: Sequence[str], environment: dict[str, str]
+def _execute_sealed(
+    init_fd: int, channel: Channel, words: Sequence[str], environment: dict[str, str]
 ) -> NoReturn:
-    """Execute the static init; it forks the program and reports an exec that fails through the channel."""
-    channel_fd = channel.socket.fileno()
-    os.set_inheritable(channel_fd, True)
+    """Execute the static init, which reports a program that cannot be executed through the channel."""
+    os.set_inheritable(channel.socket.fileno(), True)
     channel.send("exec")
-    os.execve(init_fd, ["mlenv-init", str(channel_fd), program, *arguments], environment)
+    os.execve(init_fd, words, environment)
 
 
 def hold_signals(numbers: Sequence[int]) -> None:

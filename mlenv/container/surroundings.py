@@ -57,10 +57,11 @@ def start(
         note(known)
 
     write_names(bundle, known["id"])
-    started = process.start(process.Plan(bundle, group, id_map, stdio), connect=connect)
+    plan = process.Plan(bundle, group, id_map, stdio)
+    started = process.start(plan, connect=connect)
     known["users"] = started.id_map.mode
     known["user_reason"] = started.id_map.reason
-    known["warnings"] = [*group.problems, *known.get("network", {}).get("warnings", ())]
+    known["warnings"] = [*plan.problems, *group.problems, *known.get("network", {}).get("warnings", ())]
     return started
 
 

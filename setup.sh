@@ -137,6 +137,8 @@ install_mlenv() {
     [ -z "$extra" ] || target=".[${extra#-}]"
     .venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check --editable "$target" ||
         fail "\`pip install\` failed" "see its message above; pip's own settings and proxies are honoured"
+    # pip compiles what it copies, and an editable install copies nothing.
+    .venv/bin/python -m compileall -q mlenv || fail "compiling mlenv failed" "see its message above"
     rm -f .venv/.setup-*
     : >".venv/.setup-$(wanted_state .venv/bin/python)$extra"
 }

@@ -132,7 +132,7 @@ install_mlenv() {
         say "making .venv with $("$python" --version)"
         "$python" -m venv --clear .venv || fail "\`$python -m venv\` failed" "see its message above"
     fi
-    say "installing mlenv and what it needs into .venv (a minute or two)"
+    say "installing Python packages into .venv (a minute or two)"
     target=.
     [ -z "$extra" ] || target=".[${extra#-}]"
     .venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check --editable "$target" ||

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 ROOT = "/sys/fs/cgroup"
 V1_CONTROLLERS = ("cpu", "cpuacct", "cpuset", "devices", "freezer", "memory", "pids")
 _MAX = "max"
+_MISSING = "the controller is not there"
 _CPU_SHARES_MAX = 262144
 
 
@@ -204,14 +205,13 @@ def mode() -> str:
 def plan(container_id: str, resources: Mapping[str, Any], *, path: str | None = None) -> Group:
     """Return the container's groups, not made yet, so that whoever cleans up can know them first.
 
-    `path` is OCI's cgroupsPath. In version 2 the group stands beside our own and not in it: a group with processes
-    gives its children no controllers.
-    Source: Linux cgroup-v2, No Internal Process Constraint.
+    `path` is OCI's cgroupsPath. In version 2 the group stands beside our own and not in it: a group with
+    processes gives its children no controllers. Source: Linux cgroup-v2, No Internal Process Constraint.
     """
     kind = mode()
     name = path or f"mlenv-{container_id[:12]}"
     if kind == "none":
-        return Group(0, {}, _unmet(resources, "no cgroups are mounted"))
+        return Group(0, {}, _unmet(resources, {}, "no cgroups are mounted"))
     own = own_paths()
     if kind == "v2":
         return Group(2, {"": _directory(ROOT, os.path.dirname(own.get("", "/")), name)})
@@ -236,20 +236,20 @@ def create(group: Group, resources: Mapping[str, Any]) -> None:
     A directory that cannot be made leaves the group; what is not limited then is told in its problems.
     Raises: ContainerError for a limit that the kernel refuses as wrong, with nothing left behind.
     """
-    refused = ""
+    refused: dict[str, str] = {}
     for controller, directory in list(group.directories.items()):
         try:
             os.makedirs(directory, 0o755, exist_ok=True)
         except OSError as error:
-            refused = f"{os.path.dirname(directory)} cannot be written: {error.strerror}"
+            refused[controller] = f"{os.path.dirname(directory)} cannot be written: {error.strerror}"
             del group.directories[controller]
     if refused and not group.directories:
-        group.problems += _unmet(resources, refused)
+        group.problems += _unmet(resources, refused, refused.get("", _MISSING))
         return
     try:
         if group.version == 2:  # noqa: PLR2004 - the version
             _enable_controllers(os.path.dirname(group.directories[""]))
-        _limit(group, resources)
+        _limit(group, resources, refused)
     except BaseException:
         group.remove()
         raise
@@ -265,18 +265,29 @@ def _enable_controllers(parent: str) -> None:
                 continue
 
 
-def _unmet(resources: Mapping[str, Any], why: str) -> list[str]:
+def _unmet(resources: Mapping[str, Any], refused: Mapping[str, str], why: str) -> list[str]:
+    """Return what is not limited and why: what `refused` says of the controller, else `why`."""
     wanted = [key for key in ("memory", "cpu", "pids") if resources.get(key)]
-    return [f"{key} is not limited: {why}" for key in wanted]
+    return [f"{key} is not limited: {refused.get(key, why)}" for key in wanted]
 
 
-def _limit(group: Group, resources: Mapping[str, Any]) -> None:
+def open_devices(group: Group, resources: Mapping[str, Any]) -> list[str]:
+    """Return a problem where device rules are asked for and none are in force."""
+    if not resources.get("devices") or "devices" in group.directories:
+        return []
+    why = "version 1 of control groups, which has device rules, is not to be had here"
+    return [f"devices are not limited: {why}; the container's root opens every device that it finds or makes"]
+
+
+def _limit(group: Group, resources: Mapping[str, Any], refused: Mapping[str, str]) -> None:
     if not group.directories:
         return
     for controller, file, values in _by_file(limits(group.version, resources)):
         directory = group.directories.get("" if group.version == 2 else controller)  # noqa: PLR2004
         if directory is None:
-            group.problems.append(f"{controller} is not limited: the controller is not there")
+            why = refused.get(controller, _MISSING)
+            if controller != "devices":  # `open_devices` tells whom that concerns
+                group.problems.append(f"{controller} is not limited: {why}")
             continue
         try:
             _write(os.path.join(directory, file), *values)

@@ -218,8 +218,8 @@ def _create(parent_fd: int, name: str, *, directory: bool) -> None:
         return
 
 
-def overlay(layers: Sequence[str], upper: str, work: str, *, user_xattr: bool) -> int:
-    """Return a detached overlay of `layers` (bottom first) under `upper`.
+def overlay(layers: Sequence[str], upper: str, work: str, *, user_xattr: bool, add: int = 0) -> int:
+    """Return a detached overlay of `layers` (bottom first) under `upper`, with the attributes `add`.
 
     Layers are handed over one by one: mount(2)'s option page would cut a long list silently. Names above
     255 bytes go as descriptors. Raises: OSError. Source: Documentation/filesystems/overlayfs.rst.
@@ -235,7 +235,7 @@ def overlay(layers: Sequence[str], upper: str, work: str, *, user_xattr: bool) -
         if user_xattr:
             syscalls.fsconfig_flag(context_fd, "userxattr")
         syscalls.fsconfig_create(context_fd)
-        return syscalls.fsmount(context_fd)
+        return syscalls.fsmount(context_fd, add)
     finally:
         for descriptor in (*opened, context_fd):
             os.close(descriptor)

@@ -9,6 +9,7 @@ import os
 import stat
 
 from mlenv.container import devices, mounts, syscalls
+from mlenv.container.bundle import UPPER
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -55,19 +56,23 @@ def _skeleton_entry(skeleton: str, target: str, *, directory: bool) -> None:
         return
 
 
-def open_root(bundle: Bundle, *, in_user_namespace: bool) -> int:
-    """Mount the bundle's root in this mount namespace and return it opened with O_PATH."""
+def open_root(bundle: Bundle, *, in_user_namespace: bool, devices_work: bool = True) -> int:
+    """Mount the bundle's root in this mount namespace and return it opened with O_PATH.
+
+    `devices_work` says whether device files in it can be opened.
+    """
     syscalls.mount_setattr(
         syscalls.AT_FDCWD,
         "/",
         flags=syscalls.AT_RECURSIVE,
         propagation=syscalls.MS_SLAVE if _wants_slave(bundle) else syscalls.MS_PRIVATE,
     )
+    add = 0 if devices_work else syscalls.MOUNT_ATTR_NODEV
     if bundle.layers and bundle.upper and bundle.work:
         layers = [os.path.join(bundle.path, SKELETON), *bundle.layers]
-        tree_fd = mounts.overlay(layers, bundle.upper, bundle.work, user_xattr=in_user_namespace)
+        tree_fd = mounts.overlay(layers, bundle.upper, bundle.work, user_xattr=in_user_namespace, add=add)
     else:
-        tree_fd = mounts.bind_tree(bundle.root, recursive=True)
+        tree_fd = mounts.bind_tree(bundle.root, recursive=True, add=add)
     target_fd = os.open(bundle.root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         syscalls.move_mount(tree_fd, target_fd)
@@ -75,6 +80,19 @@ def open_root(bundle: Bundle, *, in_user_namespace: bool) -> int:
         os.close(target_fd)
         os.close(tree_fd)
     return os.open(bundle.root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def _needs_devices(bundle: Bundle, planned: Sequence[mounts.Mount]) -> bool:
+    """Whether device files in the root itself must work: a foreign bundle's may, ours are in /dev alone."""
+    ours = bundle.layers or UPPER in bundle.annotations
+    in_dev = all(device["path"].startswith("/dev/") for device in bundle.linux.get("devices", ()))
+    return not (ours and in_dev and any(mount.target == "/dev" for mount in planned))
+
+
+def opens_devices(bundle: Bundle, planned: Sequence[mounts.Mount]) -> bool:
+    """Whether a process of root's could open a device of the host that no rule of a control group denies."""
+    held = bundle.process.get("capabilities", {}).get("bounding", ())
+    return "CAP_MKNOD" in held or _needs_devices(bundle, planned)
 
 
 def _wants_slave(bundle: Bundle) -> bool:
@@ -94,7 +112,9 @@ def assemble(
     `groups` are (name, host directory) of the container's cgroups; gids from `mapped_gids` on do not
     exist here.
     """
-    root_fd = open_root(bundle, in_user_namespace=in_user_namespace)
+    root_fd = open_root(
+        bundle, in_user_namespace=in_user_namespace, devices_work=_needs_devices(bundle, planned)
+    )
     filled_dev = False
     for mount in planned:
         if mount.kind in ("cgroup", "cgroup2"):

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 
-from mlenv.container import cgroups, namespaces, process, state
+from mlenv.container import cgroups, namespaces, process, rootfs, state
+from mlenv.errors import ContainerStartError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -58,11 +59,27 @@ def start(
 
     write_names(bundle, known["id"])
     plan = process.Plan(bundle, group, id_map, stdio)
-    started = process.start(plan, connect=connect)
+    if not id_map.needs_namespace and rootfs.opens_devices(bundle, plan.mounts):
+        plan.problems += cgroups.open_devices(group, resources)
+    try:
+        started = process.start(plan, connect=connect)
+    except ContainerStartError as error:
+        raise _explained(error, group) from error
     known["users"] = started.id_map.mode
     known["user_reason"] = started.id_map.reason
     known["warnings"] = [*plan.problems, *group.problems, *known.get("network", {}).get("warnings", ())]
     return started
+
+
+def _explained(error: ContainerStartError, group: cgroups.Group) -> ContainerStartError:
+    """Return the error of a start, or the one that lies behind it: the memory did not suffice for it."""
+    if not group.out_of_memory_kills():
+        return error
+    return ContainerStartError(
+        "the container ran out of memory while it was being started",
+        cause="the kernel killed its first process: the memory limit is too low",
+        hint="give it more, a few megabytes at least: `--memory 64MB`, or `resources: memory:` in the spec",
+    )
 
 
 def publish(listeners: Sequence[Listener], known: dict[str, Any], directory: str) -> None:

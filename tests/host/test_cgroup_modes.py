@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from containers import CORE
 from requires import requires as needs
 
 pytestmark = needs("root", "overlay")
@@ -99,3 +101,39 @@ def test_without_cgroups_it_runs_and_says_what_is_not_limited(built_home):
     assert done.returncode == 4
     assert "warning: memory is not limited: no cgroups are mounted\n" in done.stderr
     assert "warning: pids is not limited: no cgroups are mounted\n" in done.stderr
+
+
+def test_without_cgroups_no_device_is_open(built_home):
+    """There are no device rules then; 1:11 is the kernel's log."""
+    words = ("run", "--rm", "--network", "none", "quickstart", "sh", "-c")
+    done = run(built_home, NOTHING, *words, "mknod /dev/k c 1 11; test -e /dev/k || echo none")
+    assert done.stdout == "none\n", done.stderr
+    assert "devices" not in done.stderr.replace("mknod: /dev/k", "")
+
+
+def test_without_device_rules_a_foreign_bundle_is_warned_of(home, busybox_rootfs):
+    """Its root may make and open devices; mlenv carries out what it says and tells what it cannot."""
+    (home / "bundle").mkdir()
+    held = ["CAP_MKNOD"]
+    document = {
+        "ociVersion": "1.0.2",
+        "root": {"path": str(busybox_rootfs)},
+        "process": {
+            "args": ["true"],
+            "env": ["PATH=/bin"],
+            "cwd": "/",
+            "capabilities": {"bounding": held, "effective": held, "permitted": held},
+        },
+        "linux": {
+            "namespaces": [{"type": kind} for kind in ("mount", "pid", "ipc", "uts", "network")],
+            "resources": {"devices": [{"allow": False, "access": "rwm"}]},
+        },
+    }
+    (home / "bundle" / "config.json").write_text(json.dumps(document))
+    script = f'set -e; mount --make-rprivate /; {NOTHING}; exec "$@"'
+    core = [sys.executable, "-I", "-S", str(CORE), "run", "--bundle", str(home / "bundle"), "foreign"]
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, "sh", *core], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("warning: devices are not limited: ")

@@ -471,6 +471,13 @@ def test_out_of_memory_is_told(wanted: Any) -> None:
     assert lifecycle.find(container.id).oom_killed
 
 
+def test_out_of_memory_at_the_start_is_told(wanted: Any) -> None:
+    container = lifecycle.create(wanted("true", resources=config.Resources(memory=4096)))
+    with pytest.raises(ContainerStartError, match="ran out of memory") as raised:
+        lifecycle.start(container)
+    assert raised.value.exit_status == 125
+
+
 def test_the_attach_socket_is_ours_alone(wanted: Any) -> None:
     container = started(wanted("sleep", "1000"))
     path = Path(state.read(str(container.bundle))["socket"])

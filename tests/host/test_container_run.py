@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -113,7 +114,7 @@ def test_shm_and_mqueue_and_tmp_can_be_written(user: User, busybox_rootfs: Path)
 def test_capabilities_are_the_default_ones(user: User, rootfs: dict[str, Any]) -> None:
     done = user.run("sh", "-c", "grep -e Cap -e NoNew -e Seccomp: /proc/self/status", **rootfs)
     found = dict(line.split() for line in lines(done.stdout))
-    wanted = "00000000a80425fb" if user.is_root else "00000000a00405fb"
+    wanted = "00000000a00425fb" if user.is_root else "00000000a00405fb"
     assert found == {
         "CapInh:": "0" * 16,
         "CapPrm:": wanted,
@@ -329,8 +330,26 @@ def test_a_fork_bomb_is_stopped(home: Path, busybox_rootfs: Path) -> None:
 def test_a_device_that_is_not_granted_cannot_be_opened(home: Path, busybox_rootfs: Path) -> None:
     """A node can be made with the capability, and not be opened: /dev/kmsg is 1:11."""
     user = make_user("root", home)
-    done = user.run("sh", "-c", "mknod /k c 1 11 && head -c 1 /k", layers=[str(busybox_rootfs)])
-    assert done.returncode != 0
+    script = "mknod /dev/k c 1 11 && echo made && head -c 1 /dev/k"
+    kinds = ("bounding", "effective", "permitted")
+    edit = {f"process.capabilities.{kind}": ["CAP_MKNOD"] for kind in kinds}
+    done = user.run("sh", "-c", script, layers=[str(busybox_rootfs)], edit=edit)
+    assert (done.returncode, done.stdout) == (1, "made\n")
+    assert "Operation not permitted" in done.stderr
+
+
+def test_device_files_are_neither_made_nor_opened(home: Path, busybox_rootfs: Path) -> None:
+    """Not even where a control group allows it, and not when an image brings one: 1:3 is the null device."""
+    user = make_user("root", home)
+    layer = home / "layer"
+    layer.mkdir()
+    os.mknod(layer / "null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    layers = [str(busybox_rootfs), str(layer)]
+    done = user.run("sh", "-c", "cat /dev/null && echo works; cat /null", layers=layers)
+    assert (done.returncode, done.stdout) == (1, "works\n")
+    assert "Permission denied" in done.stderr
+    done = user.run("mknod", "/dev/mine", "c", "1", "3", layers=layers)
+    assert done.returncode == 1
     assert "Operation not permitted" in done.stderr
 
 

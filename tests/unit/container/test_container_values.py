@@ -258,6 +258,25 @@ def test_without_cgroups_it_says_what_is_not_limited(monkeypatch: pytest.MonkeyP
     assert group.remove() == []
 
 
+def test_each_controller_is_told_why_it_limits_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A file stands where each controller's directory would be: none can be made below it."""
+    for controller in ("memory", "pids"):
+        (tmp_path / controller).mkdir()
+        (tmp_path / controller / "ours").touch()
+    monkeypatch.setattr(cgroups, "ROOT", str(tmp_path))
+    monkeypatch.setattr(cgroups, "own_paths", lambda: {"memory": "/ours", "pids": "/ours"})
+    resources = {"memory": {"limit": 1}, "pids": {"limit": 1}, "cpu": {"quota": 1}}
+    group = cgroups.plan("x", resources)
+    cgroups.create(group, resources)
+    assert group.problems == [
+        f"memory is not limited: {tmp_path}/memory/ours cannot be written: Not a directory",
+        "cpu is not limited: the controller is not there",
+        f"pids is not limited: {tmp_path}/pids/ours cannot be written: Not a directory",
+    ]
+
+
 # --- JSON, state
 
 

@@ -93,6 +93,18 @@ def volume(text: str) -> Mount:
     return Mount(source=source, target=PurePosixPath(words[1]), readonly=words[2:] == ["ro"])
 
 
+def cpus(count: float | None) -> float | None:
+    """Return how many processors' time `--cpus` allows; None where it is not given.
+
+    Raises: UsageError for what is no number of processors.
+    """
+    if count is None or 0 <= count < float("inf"):
+        return count
+    raise UsageError(
+        f"`--cpus {count:g}` is no number of processors", hint="write `--cpus 1.5`; 0 is no limit"
+    )
+
+
 def size(text: str | None, option: str) -> int | None:
     """Return the bytes a size such as 16GB or 512m means.
 

@@ -102,10 +102,13 @@ def _options(defaults: Options, args: tuple[str, ...], asked: dict[str, Any]) ->
 
     limits = {
         "memory": options.size(asked["memory"], "--memory"),
-        "cpus": asked["cpus"],
+        "cpus": options.cpus(asked["cpus"]),
         "pids": asked["pids_limit"],
         "shm": options.size(asked["shm_size"], "--shm-size"),
     }
+    resources = limited(defaults.resources, **limits)
+    if asked["cpus"] == 0:  # none, as Docker means it; not even the spec's
+        resources = replace(resources, cpus=None)
     return replace(
         defaults,
         args=args,
@@ -116,7 +119,7 @@ def _options(defaults: Options, args: tuple[str, ...], asked: dict[str, Any]) ->
         mounts=[*defaults.mounts, *map(options.volume, asked["volume"])],
         ports=[*options.ports(asked["publish"]), *defaults.ports],
         network=asked["network"] or defaults.network,
-        resources=limited(defaults.resources, **limits),
+        resources=resources,
         readonly=asked["read_only"],
         gpus=options.gpus(asked["gpus"]) or defaults.gpus,
     )

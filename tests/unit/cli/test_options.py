@@ -6,9 +6,10 @@ from pathlib import PurePosixPath
 
 import pytest
 
-from mlenv.cli import options
-from mlenv.container.config import Mount, Port
+from mlenv.cli import options, run
+from mlenv.container.config import Mount, Port, Resources
 from mlenv.errors import UsageError
+from mlenv.launch.local import Options
 
 
 def test_ports_bind_loopback_unless_told(tmp_path):
@@ -59,3 +60,20 @@ def test_sizes(text, count):
 def test_a_bad_size_names_its_option():
     with pytest.raises(UsageError, match=r"--memory lots"):
         options.size("lots", "--memory")
+
+
+@pytest.mark.parametrize("count", [-1.0, float("nan"), float("inf")])
+def test_a_bad_number_of_processors_is_a_usage_error(count):
+    with pytest.raises(UsageError, match="is no number of processors"):
+        options.cpus(count)
+
+
+@pytest.mark.parametrize(("asked", "limit"), [(None, 2.0), (1.5, 1.5), (0.0, None)])
+def test_no_processors_are_no_limit(asked, limit):
+    """As Docker's: `--cpus 0` takes away what the spec says too."""
+    words = dict.fromkeys(
+        ("memory", "pids_limit", "shm_size", "workdir", "user", "tty", "network", "read_only")
+    )
+    words |= {"cpus": asked, "env": (), "volume": (), "publish": (), "gpus": None}
+    defaults = Options(resources=Resources(cpus=2.0))
+    assert run._options(defaults, (), words).resources.cpus == limit

@@ -152,16 +152,6 @@ def join_namespaces(pid: int, parent: int, *, rootless: bool) -> None:
     die_with(parent)
 
 
-def find_program(name: str) -> str | None:
-    """Return the path of the program `name`, or None; the system's directories are searched after PATH."""
-    directories = os.environ.get("PATH", "").split(":")
-    for directory in (*directories, "/usr/local/bin", "/usr/bin", "/usr/sbin", "/sbin"):
-        path = f"{directory}/{name}"
-        if directory.startswith("/") and os.access(path, os.X_OK):
-            return path
-    return None
-
-
 def run_program(path: str, *args: str) -> int:
     """Run a program to its end without input or output, and return its exit status."""
     silent = [(os.POSIX_SPAWN_OPEN, fd, "/dev/null", os.O_RDWR, 0) for fd in (0, 1, 2)]

@@ -61,10 +61,6 @@ class IdMap:
             else next((end for start, _, end in self.gids if not start), 0) or 1
         )
 
-    def has_gid(self, gid: int) -> bool:
-        """Whether the container knows `gid`."""
-        return self.mode == "root" or any(first <= gid < first + length for first, _, length in self.gids)
-
 
 def plan(bundle_linux: Mapping[str, Any]) -> IdMap:
     """Return the map of a container started by this process's user."""
@@ -128,9 +124,10 @@ def _missing_helper() -> str | None:
 
 
 def find_program(name: str) -> str | None:
-    """Return the path of an executable on PATH or in the system's own directories."""
-    for directory in (*os.environ.get("PATH", "").split(":"), "/usr/bin", "/usr/sbin", "/sbin"):
-        path = os.path.join(directory, name)
+    """Return the host's program `name`, or None; the system's own directories are searched after PATH."""
+    directories = os.environ.get("PATH", "").split(":")
+    for directory in (*directories, "/usr/local/bin", "/usr/bin", "/usr/sbin", "/sbin"):
+        path = f"{directory}/{name}"
         if directory.startswith("/") and os.access(path, os.X_OK) and not os.path.isdir(path):
             return path
     return None

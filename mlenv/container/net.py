@@ -20,7 +20,7 @@ import fcntl
 import os
 from errno import EACCES, ENODEV, ENOENT, EOPNOTSUPP, EPERM, EPROTONOSUPPORT, EROFS
 
-from mlenv.container import companion, netlink, syscalls
+from mlenv.container import companion, namespaces, netlink, syscalls
 from mlenv.errors import ContainerStartError
 
 TYPE_CHECKING = False
@@ -355,7 +355,7 @@ def _open_firewall(state: NetState, route: netlink.Netlink) -> None:
         netlink.set_alias(route, BRIDGE, "mlenv")
         return
     tool, chain = where
-    path = companion.find_program(tool)
+    path = namespaces.find_program(tool)
     if path is None:
         why = f"the firewall's chain {chain} may drop its packets and `{tool}` is not installed"
         state["warnings"].append(f"the container may have no way out: {why}")
@@ -370,11 +370,11 @@ def _firewall() -> tuple[str, str] | None:
     """Return (tool, chain) that must let us pass, or None where nothing drops."""
     chains = _chains()
     if ("filter", "DOCKER-USER") in chains:
-        return "iptables-nft" if companion.find_program("iptables-nft") else "iptables", "DOCKER-USER"
+        return "iptables-nft" if namespaces.find_program("iptables-nft") else "iptables", "DOCKER-USER"
     if chains.get(("filter", "FORWARD")) == 0:
-        return "iptables-nft" if companion.find_program("iptables-nft") else "iptables", "FORWARD"
+        return "iptables-nft" if namespaces.find_program("iptables-nft") else "iptables", "FORWARD"
     if "filter" in _read("/proc/net/ip_tables_names").split():
-        tool = companion.find_program("iptables-legacy")
+        tool = namespaces.find_program("iptables-legacy")
         if tool and companion.run_program(tool, "-w", "5", "-S", "DOCKER-USER") == 0:
             return "iptables-legacy", "DOCKER-USER"
     return None
@@ -388,7 +388,7 @@ def _firewall_rules() -> Iterator[list[str]]:
 
 def _close_firewall(alias: str) -> None:
     words = alias.split(" ")
-    path = companion.find_program(words[1]) if len(words) == 3 else None  # noqa: PLR2004 - "mlenv TOOL CHAIN"
+    path = namespaces.find_program(words[1]) if len(words) == 3 else None  # noqa: PLR2004 - "mlenv TOOL CHAIN"
     if path:
         for rule in _firewall_rules():
             companion.run_program(path, "-w", "5", "-D", words[2], *rule)
@@ -401,7 +401,7 @@ def _user_network(state: NetState, netns_pid: int, state_dir: str) -> None:
     """Start the first helper that works; without one there is loopback alone, and a warning."""
     failures = []
     for name, begin in (("pasta", _start_pasta), ("slirp4netns", _start_slirp4netns)):
-        path = companion.find_program(name)
+        path = namespaces.find_program(name)
         if path is None:
             continue
         log = f"{state_dir}/{name}.log"

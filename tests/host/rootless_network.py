@@ -17,7 +17,7 @@ from pathlib import Path
 
 import networks
 
-from mlenv.container import companion, forward, net, syscalls
+from mlenv.container import companion, forward, namespaces, net, syscalls
 from mlenv.container.config import Port
 
 UID = 12345
@@ -112,8 +112,8 @@ def killed_shim(directory: str) -> list[bool]:
 
 def restricted_to(helper: str) -> None:
     """Hide every helper but one."""
-    find = companion.find_program
-    companion.find_program = lambda name: find(name) if name == helper else None
+    find = namespaces.find_program
+    namespaces.find_program = lambda name: find(name) if name == helper else None
 
 
 def main(helper: str, directory: str) -> None:

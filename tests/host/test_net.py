@@ -16,7 +16,7 @@ import networks
 import pytest
 from requires import requires
 
-from mlenv.container import companion, net
+from mlenv.container import companion, namespaces, net
 from mlenv.errors import ContainerStartError
 
 pytestmark = requires("root", "netns", "nft")
@@ -218,7 +218,7 @@ def test_routing_is_switched_on_and_said_once(setup: Setup, container: int) -> N
 @pytest.mark.parametrize("chain", ["DOCKER-USER", "FORWARD"])
 def test_a_firewall_that_drops_lets_containers_through(setup: Setup, container: int, chain: str) -> None:
     """As dockerd sets the host up where it switched routing on, and as ufw does."""
-    tool = companion.find_program("iptables-nft")
+    tool = namespaces.find_program("iptables-nft")
     if tool is None:
         pytest.skip("needs iptables: not installed")
     script = f"{tool} -P FORWARD DROP"

@@ -35,8 +35,8 @@ def command(
     from mlenv.container import lifecycle
 
     found = lifecycle.find(container)
-    variables = options.environment_variables(env)
-    words = lifecycle.exec_command(found, args, env=variables, cwd=workdir, user=user, terminal=tty)
+    env_fd = lifecycle.environment_file(options.environment_variables(env)) if env else None
+    words = lifecycle.exec_command(found, args, env_fd=env_fd, cwd=workdir, user=user, terminal=tty)
     if not interactive:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.execv(words[0], words)  # noqa: S606 - the core becomes this process, so that signals reach it directly

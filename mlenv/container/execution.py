@@ -63,6 +63,9 @@ class Request:
         value = words.pop(0)
         if option == "--env":
             self.environment.append(value if "=" in value else f"{value}={os.environ[value]}")
+        elif option == "--env-fd":
+            with open(int(value), "rb") as file:
+                self.environment += os.fsdecode(file.read()).split("\0")[:-1]
         elif option == "--cwd":
             self.cwd = value
         elif option == "--user":

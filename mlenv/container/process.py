@@ -516,7 +516,7 @@ def sealed_init() -> int | None:
 
 
 def _execute_sealed(
-    init_fd: int, channel: Channel, words: Sequence[str], environment: dict[str, str]
+    init_fd: int, channel: Channel, words: list[str], environment: dict[str, str]
 ) -> NoReturn:
     """Execute the static init, which reports a program that cannot be executed through the channel."""
     os.set_inheritable(channel.socket.fileno(), True)

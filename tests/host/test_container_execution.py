@@ -159,3 +159,26 @@ def test_a_group_that_cannot_be_joined_is_told(layers: list[Path]) -> None:
     state.write(str(container.bundle), known)
     status, _, told = executed(lifecycle.exec_command(container, ["true"]))
     assert (status, told) == (0, f"warning: {gone}: No such file or directory\n")
+
+
+def test_values_of_variables_show_in_no_ps(layers: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    container = started(layers, "sleep", "1000")
+    script = 'echo "$SECRET"; cat; exit 3'
+    command = [sys.executable, "-m", "mlenv", "exec", "-i", "-e", "SECRET", "-e", "OTHER=b\nc", container.id]
+    monkeypatch.setenv("SECRET", "hidden=\u00e4")
+    read_fd, write_fd = os.pipe()
+    with subprocess.Popen(
+        [*command, "sh", "-c", script], stdin=read_fd, stdout=subprocess.PIPE, text=True
+    ) as core:  # fmt: skip
+        os.close(read_fd)
+        assert core.stdout
+        assert core.stdout.readline() == "hidden=\u00e4\n"
+        assert b"hidden" not in Path(f"/proc/{core.pid}/cmdline").read_bytes()
+        os.close(write_fd)
+        assert core.wait(20) == 3
+    many = {"A": "x" * 100_000, "B": "1\r\n2"}
+    argv = lifecycle.exec_command(
+        container, ["sh", "-c", "echo ${#A} ${#B}"], env_fd=lifecycle.environment_file(many)
+    )
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, close_fds=False, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "100000 4\n"), done.stderr

@@ -11,15 +11,14 @@ import os
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlenv import paths
-from mlenv.container import attaching, logfile, record, removal, state
+from mlenv.container import attaching, logfile, record, removal, snapshot, state
 from mlenv.container import bundle as bundles
 from mlenv.container.launching import core_command, spawn_shim
+from mlenv.container.snapshot import Container, Status
 from mlenv.errors import (
     ContainerError,
     ContainerStartError,
@@ -32,7 +31,21 @@ if TYPE_CHECKING:
     import _socket
     from collections.abc import Iterator, Mapping, Sequence
 
-    from mlenv.container.config import Port
+__all__ = [
+    "Container",
+    "Status",
+    "attach",
+    "containers",
+    "create",
+    "exec_command",
+    "find",
+    "kill",
+    "logs",
+    "remove",
+    "start",
+    "stop",
+    "wait",
+]
 
 _SIGTERM, _SIGKILL = 15, 9
 _KILL_DEADLINE = 10.0
@@ -40,63 +53,6 @@ _KILL_DEADLINE = 10.0
 _LOG_PAUSE = 0.1
 """Seconds between two looks at a log that is followed."""
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
-
-
-class Status(str, Enum):
-    """Where a container is in its life. Source: OCI runtime-spec 1.0.2 runtime.md "State"."""
-
-    CREATED = "created"
-    RUNNING = "running"
-    STOPPED = "stopped"
-    DAMAGED = "damaged"
-    """Ours: its state cannot be read, and so it can only be removed."""
-
-    def __str__(self) -> str:
-        """Return the status as `ps` shows it."""
-        return self.value
-
-    @property
-    def is_running(self) -> bool:
-        """Whether its process runs."""
-        return self is Status.RUNNING
-
-    @property
-    def is_damaged(self) -> bool:
-        """Whether its state cannot be read."""
-        return self is Status.DAMAGED
-
-
-@dataclass(kw_only=True, slots=True)
-class Container:
-    """A container as it was when it was looked at.
-
-    `pid` is PID 1's on the host; times are seconds of the epoch.
-    """
-
-    id: str
-    name: str
-    status: Status
-    pid: int | None
-    exit_code: int | None
-    created: float
-    started: float | None
-    finished: float | None
-    config: dict[str, Any]
-    bundle: Path
-    ports: tuple[Port, ...]
-    oom_killed: bool = False
-    warnings: tuple[str, ...] = ()
-    channel: _socket.socket | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def image(self) -> str:
-        """Return the image's reference, empty for a bundle without one."""
-        return str(self.config.get("annotations", {}).get(bundles.IMAGE, ""))
-
-    @property
-    def environment(self) -> str:
-        """Return the name of the environment this is, empty for any other container."""
-        return str(self.config.get("annotations", {}).get(bundles.ENVIRONMENT, ""))
 
 
 # --- beginning
@@ -133,7 +89,7 @@ def create(
         except BaseException:
             removal.remove_tree(str(draft))
             raise
-    return _load(directory)
+    return snapshot.load(directory)
 
 
 def _checked_name(name: str) -> str:
@@ -212,11 +168,11 @@ def containers(*, all: bool = True) -> list[Container]:  # noqa: A002 - `ps --al
     for directory in _directories(root):
         try:
             _swept_under_lock(directory)
-            found.append(_load(directory))
+            found.append(snapshot.load(directory))
         except FileNotFoundError:  # it has been removed meanwhile
             continue
         except ValueError as error:
-            found.append(_damaged(directory, str(error)))
+            found.append(snapshot.damaged(directory, str(error)))
     _sweep_foreground()
     wanted = [container for container in found if all or container.status.is_running]
     return sorted(wanted, key=lambda container: container.created, reverse=True)
@@ -260,70 +216,10 @@ def _delete_if_abandoned(path: str) -> None:
         _delete(path)
 
 
-def _damaged(directory: Path, why: str) -> Container:
-    """Return a container of which the disk has lost the state, so that it can be seen and removed."""
-    try:
-        created = directory.stat().st_mtime
-    except FileNotFoundError:
-        created = 0.0
-    try:
-        config = record.read(str(directory / "config.json"))
-        name = config["annotations"][bundles.NAME]
-    except (OSError, ValueError, KeyError, TypeError):  # damaged too
-        config, name = {"process": {"args": []}}, directory.name[:12]
-    return Container(
-        id=directory.name,
-        name=name,
-        status=Status.DAMAGED,
-        pid=None,
-        exit_code=None,
-        created=created,
-        started=None,
-        finished=None,
-        config=config,
-        bundle=directory,
-        ports=(),
-        warnings=(f"its state is damaged: {why}",),
-    )
-
-
-def _checked_state(directory: str) -> dict[str, Any]:
-    """Return a container's state. Raises: OSError; ValueError for a damaged one."""
-    known = state.read(directory)
-    missing = {"id", "name", "status", "created"} - known.keys()
-    if missing:
-        raise ValueError(f"`{directory}/{state.STATE_FILE}` has no {', '.join(sorted(missing))}")
-    return known
-
-
-def _load(directory: Path) -> Container:
-    from mlenv.container.config import Port
-
-    known = _checked_state(str(directory))
-    config = record.read(str(directory / "config.json"))
-    asked = record.parse(config.get("annotations", {}).get(bundles.PORTS, "[]"))
-    status = Status(known["status"])
-    return Container(
-        id=known["id"],
-        name=known["name"],
-        status=status,
-        pid=known["init"]["pid"] if status.is_running else None,
-        exit_code=known.get("exit_code"),
-        created=known["created"],
-        started=known.get("started"),
-        finished=known.get("finished"),
-        config=config,
-        bundle=directory,
-        ports=tuple(Port(**port) for port in known.get("ports", asked)),
-        oom_killed=bool(known.get("out_of_memory_kills")),
-        warnings=tuple(known.get("warnings", ())),
-    )
-
-
 def _refresh(container: Container) -> None:
     """Bring a container's fields up to date; one that is gone counts as stopped."""
     try:
-        fresh = _load(container.bundle)
+        fresh = snapshot.load(container.bundle)
     except FileNotFoundError:
         container.status, container.pid = Status.STOPPED, None
         return

@@ -32,11 +32,11 @@ def command(
     \b
     Example: mlenv exec -it quickstart bash
     """  # noqa: D301 - click's paragraph mark
-    from mlenv.container import lifecycle
+    from mlenv.container import launching, lifecycle
 
     found = lifecycle.find(container)
-    env_fd = lifecycle.environment_file(options.environment_variables(env)) if env else None
-    words = lifecycle.exec_command(found, args, env_fd=env_fd, cwd=workdir, user=user, terminal=tty)
+    env_fd = launching.environment_file(options.environment_variables(env)) if env else None
+    words = launching.exec_command(found, args, env_fd=env_fd, cwd=workdir, user=user, terminal=tty)
     if not interactive:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.execv(words[0], words)  # noqa: S606 - the core becomes this process, so that signals reach it directly

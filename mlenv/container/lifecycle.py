@@ -29,7 +29,7 @@ from mlenv.errors import (
 
 if TYPE_CHECKING:
     import _socket
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping
 
 __all__ = [
     "Container",
@@ -37,7 +37,6 @@ __all__ = [
     "attach",
     "containers",
     "create",
-    "exec_command",
     "find",
     "kill",
     "logs",
@@ -494,52 +493,3 @@ def _is_over(directory: str) -> bool:
     except FileNotFoundError:
         return True
     return not shim or _await_end(shim, _LOG_PAUSE)
-
-
-def exec_command(
-    container: Container,
-    args: Sequence[str],
-    *,
-    env: Mapping[str, str] | None = None,
-    inherited: Sequence[str] = (),
-    cwd: str | None = None,
-    user: str | None = None,
-    terminal: bool = False,
-    env_fd: int | None = None,
-    pid_fd: int | None = None,
-    lifeline_fd: int | None = None,
-) -> list[str]:
-    """Return the words of the process that runs `args` in the container with our standard streams.
-
-    The values of `env` show in `ps`, those in `env_fd` (an `environment_file`) and those of the variables
-    that `inherited` names in that process's own environment do not. It passes signals on and ends with the
-    command's status, 125, 126 or 127 as Docker. It writes the command's host pid and a newline to `pid_fd`
-    once it has been executed; the end of `lifeline_fd` kills the command.
-    """
-    words = core_command("exec")
-    for key, value in (env or {}).items():
-        words += ["--env", f"{key}={value}"]
-    for key in inherited:
-        words += ["--env", key]
-    options = (
-        ("--env-fd", env_fd),
-        ("--cwd", cwd),
-        ("--user", user),
-        ("--pid-fd", pid_fd),
-        ("--lifeline-fd", lifeline_fd),
-    )
-    for option, wanted in options:
-        if wanted is not None:
-            words += [option, str(wanted)]
-    if terminal:
-        words.append("--terminal")
-    return [*words, str(container.bundle), "--", *args]
-
-
-def environment_file(variables: Mapping[str, str]) -> int:
-    """Return an inheritable descriptor that holds variables, each ended by a NUL, for `exec_command`."""
-    file_fd = os.memfd_create("environment", 0)
-    with open(file_fd, "wb", closefd=False) as file:
-        file.writelines(os.fsencode(f"{name}={value}\0") for name, value in variables.items())
-    os.lseek(file_fd, 0, os.SEEK_SET)
-    return file_fd

@@ -15,7 +15,7 @@ import threading
 from contextlib import suppress
 from typing import IO, TYPE_CHECKING, Any
 
-from mlenv.container import lifecycle
+from mlenv.container import launching, lifecycle
 from mlenv.errors import KernelError
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def _spawn(
     pid_fd, pid_out = os.pipe()
     lifeline_in, lifeline_fd = os.pipe()
     try:
-        argv = lifecycle.exec_command(
+        argv = launching.exec_command(
             container,
             args,
             env=variables.explicit,

@@ -15,7 +15,7 @@ import pytest
 from containers import REPOSITORY
 from requires import requires
 
-from mlenv.container import config, lifecycle, process, state
+from mlenv.container import config, launching, lifecycle, process, state
 
 pytestmark = requires("root", "overlay")
 BY_INIT = ["/self", "/bin/echo", "echo", "the sealed init"]
@@ -67,12 +67,12 @@ class TestNoFileOfTheHostIsExecuted:
 
     def test_by_exec(self, layers: list[Path]) -> None:
         container = started(layers, "sleep", "1000")
-        argv = lifecycle.exec_command(container, BY_INIT)
+        argv = launching.exec_command(container, BY_INIT)
         assert executed(argv) == (0, "the sealed init\n", "")
 
     def test_by_exec_as_a_user(self, layers: list[Path]) -> None:
         container = started(layers, "sleep", "1000")
-        argv = lifecycle.exec_command(container, BY_INIT, user="7:8")
+        argv = launching.exec_command(container, BY_INIT, user="7:8")
         assert executed(argv) == (0, "the sealed init\n", "")
 
     @pytest.mark.parametrize("init", [True, False])
@@ -84,7 +84,7 @@ class TestNoFileOfTheHostIsExecuted:
         assert logged(started(layers, "cat", "/proc/1/comm", init=False)) == "cat\n"
         container = started(layers, "sleep", "1000")
         read_fd, write_fd = os.pipe()
-        argv = lifecycle.exec_command(container, ["sleep", "999"], pid_fd=write_fd)
+        argv = launching.exec_command(container, ["sleep", "999"], pid_fd=write_fd)
         with subprocess.Popen(argv, pass_fds=(write_fd,)) as core:
             os.close(write_fd)
             pid = int(os.read(read_fd, 32))
@@ -98,7 +98,7 @@ def test_without_the_built_init_it_is_said(layers: list[Path], home: Path) -> No
     package = home / "copy" / "mlenv"
     shutil.copytree(REPOSITORY / "mlenv", package, ignore=shutil.ignore_patterns("init", "__pycache__"))
     container = started(layers, "sleep", "1000")
-    argv = lifecycle.exec_command(container, ["true"])
+    argv = launching.exec_command(container, ["true"])
     argv[argv.index("exec") - 1] = str(package / "container" / "__main__.py")
     assert executed(argv) == (0, "", f"warning: {process.UNSEALED}\n")
     script = (
@@ -122,7 +122,7 @@ def test_the_streams_belong_to_the_container_s_user(layers: list[Path]) -> None:
 
 def test_the_terminal_belongs_to_the_user_who_executes(layers: list[Path]) -> None:
     container = started(layers, "sleep", "1000")
-    argv = lifecycle.exec_command(
+    argv = launching.exec_command(
         container, ["sh", "-c", "echo written > $(tty); stat -c %u $(tty)"], user="7:8", terminal=True
     )
     pid, master_fd = pty.fork()
@@ -144,7 +144,7 @@ def test_a_stream_of_the_caller_s_stays_the_caller_s(layers: list[Path], tmp_pat
     output = tmp_path / "output"
     read_fd, write_fd = os.pipe()
     with output.open("wb") as file:
-        argv = lifecycle.exec_command(container, ["true"], user="7:8")
+        argv = launching.exec_command(container, ["true"], user="7:8")
         assert subprocess.run(argv, stdout=file, stderr=write_fd, check=False).returncode == 0
     assert (output.stat().st_uid, os.fstat(write_fd).st_uid) == (os.geteuid(), os.geteuid())
     os.close(read_fd)
@@ -157,7 +157,7 @@ def test_a_group_that_cannot_be_joined_is_told(layers: list[Path]) -> None:
     gone = "/sys/fs/cgroup/mlenv-no-such-group"
     known["cgroup"]["directories"]["none"] = gone
     state.write(str(container.bundle), known)
-    status, _, told = executed(lifecycle.exec_command(container, ["true"]))
+    status, _, told = executed(launching.exec_command(container, ["true"]))
     assert (status, told) == (0, f"warning: {gone}: No such file or directory\n")
 
 
@@ -177,8 +177,8 @@ def test_values_of_variables_show_in_no_ps(layers: list[Path], monkeypatch: pyte
         os.close(write_fd)
         assert core.wait(20) == 3
     many = {"A": "x" * 100_000, "B": "1\r\n2"}
-    argv = lifecycle.exec_command(
-        container, ["sh", "-c", "echo ${#A} ${#B}"], env_fd=lifecycle.environment_file(many)
+    argv = launching.exec_command(
+        container, ["sh", "-c", "echo ${#A} ${#B}"], env_fd=launching.environment_file(many)
     )
     done = subprocess.run(argv, capture_output=True, text=True, check=False, close_fds=False, timeout=60)
     assert (done.returncode, done.stdout) == (0, "100000 4\n"), done.stderr

@@ -18,7 +18,7 @@ import pytest
 from containers import REPOSITORY
 from requires import requires
 
-from mlenv.container import config, lifecycle, state
+from mlenv.container import config, launching, lifecycle, state
 from mlenv.errors import (
     ContainerError,
     ContainerStartError,
@@ -204,7 +204,7 @@ def run_attached(made: dict[str, Any], **options: Any) -> subprocess.CompletedPr
     """Run as `mlenv run --rm` does, in a process of its own."""
     script = """
 import json, sys
-from mlenv.container import lifecycle
+from mlenv.container import launching, lifecycle
 container = lifecycle.create(json.loads(sys.argv[1]), remove_on_exit=True)
 interactive = sys.argv[2] == "i"
 lifecycle.start(container, interactive=interactive, attached=True)
@@ -262,25 +262,25 @@ def test_logs_tail_since_and_follow(wanted: Any) -> None:
 
 def test_several_can_be_executed_in_it(wanted: Any) -> None:
     container = started(wanted("sleep", "1000", user="7:8"))
-    argv = lifecycle.exec_command(
+    argv = launching.exec_command(
         container, ["sh", "-c", "id -u; echo $A; pwd; cat; exit 5"], env={"A": "b"}, cwd="/etc"
     )
     done = subprocess.run(argv, input="in\n", capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (5, "7\nb\n/etc\nin\n"), done.stderr
-    as_root = lifecycle.exec_command(container, ["id", "-u"], user="0")
+    as_root = launching.exec_command(container, ["id", "-u"], user="0")
     assert subprocess.run(as_root, capture_output=True, text=True, check=False).stdout == "0\n"
 
 
 def test_executed_is_as_confined_as_the_first(wanted: Any) -> None:
     container = started(wanted("sh", "-c", "grep -e Cap -e NoNew -e Seccomp: /proc/self/status; sleep 1000"))
     until(lambda: "Seccomp" in output(container))
-    argv = lifecycle.exec_command(
+    argv = launching.exec_command(
         container, ["grep", "-e", "Cap", "-e", "NoNew", "-e", "Seccomp:", "/proc/self/status"]
     )
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert done.stdout == output(container)
     namespaces = "for n in cgroup ipc mnt net pid uts; do readlink /proc/self/ns/$n; done"
-    argv = lifecycle.exec_command(container, ["sh", "-c", namespaces])
+    argv = launching.exec_command(container, ["sh", "-c", namespaces])
     inside = subprocess.run(argv, capture_output=True, text=True, check=False).stdout.split()
     assert inside == [
         str(Path(f"/proc/{container.pid}/ns/{kind}").readlink())
@@ -294,7 +294,7 @@ def test_executed_is_in_the_container_s_groups(wanted: Any) -> None:
     first = Path(f"/proc/{container.pid}/cgroup").read_text()
     assert "/mlenv-" in first
     read_fd, write_fd = os.pipe()
-    argv = lifecycle.exec_command(container, ["sleep", "1000"], pid_fd=write_fd)
+    argv = launching.exec_command(container, ["sleep", "1000"], pid_fd=write_fd)
     with subprocess.Popen(argv, pass_fds=(write_fd,)) as process:
         os.close(write_fd)
         pid = int(os.read(read_fd, 32))
@@ -308,7 +308,7 @@ def test_executed_is_in_the_container_s_groups(wanted: Any) -> None:
 def test_executing_what_cannot_be(wanted: Any, args: tuple[str, ...], status: int) -> None:
     container = started(wanted("sleep", "1000"))
     done = subprocess.run(
-        lifecycle.exec_command(container, args), capture_output=True, text=True, check=False
+        launching.exec_command(container, args), capture_output=True, text=True, check=False
     )
     assert done.returncode == status
     assert "error[container-start]" in done.stderr
@@ -318,7 +318,7 @@ def test_executing_in_a_stopped_one(wanted: Any) -> None:
     container = started(wanted("true"))
     lifecycle.wait(container)
     done = subprocess.run(
-        lifecycle.exec_command(container, ["true"]), capture_output=True, text=True, check=False
+        launching.exec_command(container, ["true"]), capture_output=True, text=True, check=False
     )
     assert done.returncode == 125
     assert "is not running" in done.stderr
@@ -328,7 +328,7 @@ def test_the_lifeline_kills_what_was_executed(wanted: Any) -> None:
     container = started(wanted("sleep", "1000"))
     pid_read, pid_write = os.pipe()
     line_read, line_write = os.pipe()
-    argv = lifecycle.exec_command(
+    argv = launching.exec_command(
         container, ["sh", "-c", "trap '' TERM INT; sleep 1000"], pid_fd=pid_write, lifeline_fd=line_read
     )
     with subprocess.Popen(argv, pass_fds=(pid_write, line_read)) as process:
@@ -343,7 +343,7 @@ def test_the_lifeline_kills_what_was_executed(wanted: Any) -> None:
 def test_what_was_executed_ends_with_its_core_process(wanted: Any) -> None:
     container = started(wanted("sleep", "1000"))
     read_fd, write_fd = os.pipe()
-    argv = lifecycle.exec_command(container, ["sleep", "1001"], pid_fd=write_fd)
+    argv = launching.exec_command(container, ["sleep", "1001"], pid_fd=write_fd)
     with subprocess.Popen(argv, pass_fds=(write_fd,)) as process:
         os.close(write_fd)
         pid = int(os.read(read_fd, 32))
@@ -439,7 +439,7 @@ def test_two_can_watch(wanted: Any) -> None:
 
 def test_an_executed_terminal(wanted: Any) -> None:
     container = started(wanted("sleep", "1000"))
-    person = Person(*lifecycle.exec_command(container, ["sh"], terminal=True))
+    person = Person(*launching.exec_command(container, ["sh"], terminal=True))
     person.type(b"stty size; tty; echo $TERM; exit 3\n")
     person.expect(b"/dev/pts/0")
     assert person.status() == 3

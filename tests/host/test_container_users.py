@@ -10,7 +10,7 @@ from containers import User
 LIFE = """
 import json, subprocess, sys
 from pathlib import Path
-from mlenv.container import config, lifecycle, state
+from mlenv.container import config, launching, lifecycle, state
 request = json.load(sys.stdin)
 def conf(*args):
     layers = [Path(request["layer"])]
@@ -20,7 +20,7 @@ c = lifecycle.create(conf("sh", "-c", script), name="mine")
 lifecycle.start(c)
 while not list(lifecycle.logs(c)):
     pass
-done = subprocess.run(lifecycle.exec_command(c, ["sh", "-c", "cat /file; id -u; stat -c %u /file; exit 4"]),
+done = subprocess.run(launching.exec_command(c, ["sh", "-c", "cat /file; id -u; stat -c %u /file; exit 4"]),
                       capture_output=True, text=True)
 known = state.read(str(c.bundle))
 lifecycle.stop(c, timeout=1)

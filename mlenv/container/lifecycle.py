@@ -338,12 +338,11 @@ def _known(container: Container) -> dict[str, Any]:
 def wait(container: Container) -> int:
     """Return the container's exit status once it has ended."""
     try:
-        connection = _connect(container)
-    except ContainerError:
+        status = attaching.Session(_connect(container), stdin=False, output=False).run()
+    except ContainerError:  # no shim, or one that ended before it took our connection
         _settle(container)
         _refresh(container)
         return 125 if container.exit_code is None else container.exit_code
-    status = attaching.Session(connection, stdin=False, output=False).run()
     _refresh(container)
     return 125 if status is None else status
 

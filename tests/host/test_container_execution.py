@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -182,3 +183,15 @@ def test_values_of_variables_show_in_no_ps(layers: list[Path], monkeypatch: pyte
     )
     done = subprocess.run(argv, capture_output=True, text=True, check=False, close_fds=False, timeout=60)
     assert (done.returncode, done.stdout) == (0, "100000 4\n"), done.stderr
+
+
+def test_a_shim_that_ends_while_we_come_has_left_the_status(
+    layers: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may finish between our connecting and its accepting: the connection then ends without a word."""
+    container = started(layers, "sh", "-c", "exit 3")
+    assert lifecycle.wait(container) == 3
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    monkeypatch.setattr(lifecycle, "_connect", lambda _: ours)
+    assert lifecycle.wait(container) == 3

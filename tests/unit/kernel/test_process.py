@@ -32,6 +32,7 @@ for channel in ("shell", "iopub", "stdin", "control", "hb"):
 @pytest.fixture(autouse=True)
 def core(short_home, monkeypatch):
     monkeypatch.setattr(process, "lifecycle", stand_in)
+    monkeypatch.setattr(process, "launching", stand_in)
     monkeypatch.setattr(stand_in, "running", [stand_in.container("train")])
 
 

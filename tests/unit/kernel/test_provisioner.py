@@ -21,6 +21,7 @@ from mlenv.kernel.provisioner import MlenvProvisioner
 def core(short_home, tmp_path, monkeypatch):
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
     monkeypatch.setattr(process, "lifecycle", stand_in)
+    monkeypatch.setattr(process, "launching", stand_in)
     mounted = {"destination": str(tmp_path), "source": str(tmp_path), "options": ["rbind"]}
     monkeypatch.setattr(stand_in, "running", [stand_in.container("train", mounts=[mounted])])
     kernelspec.install("train", "Train", lock="sha256:1", env={"FROM_SPEC": "1"})

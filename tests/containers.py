@@ -72,7 +72,7 @@ class User:
     def options(self) -> dict[str, Any]:
         """Options of subprocess that make a process this user's."""
         chosen: dict[str, Any] = {"env": self.environment(), "cwd": self.home}
-        if not self.is_root:
+        if self.uid != os.geteuid():
             chosen |= {"user": self.uid, "group": self.uid, "extra_groups": []}
         return chosen
 
@@ -166,10 +166,10 @@ def make_user(kind: str, home: Path) -> User:
         requires.need("root", "overlay")
         return User(kind, 0, home, sys.executable)
     requires.need("userns", "overlay")
-    if os.geteuid() != 0:
+    if os.geteuid() != 0:  # this user's own ids decide which of the two it is
+        requires.need("newuidmap" if kind == "ranges" else "root")
         return User(kind, os.geteuid(), home, sys.executable)
     if kind == "ranges":
-        requires.need("root")
         uid = user_of_tests()
         if not shutil.which("newuidmap"):
             pytest.skip("needs newuidmap: it is not installed")

@@ -159,6 +159,13 @@ class Kernel:
     def restart(self) -> None:
         status, model = self.front_end.call("POST", f"/api/kernels/{self.id}/restart")
         assert (status, model["id"]) == (200, self.id)
+        self.reconnect()
+
+    def reconnect(self) -> None:
+        """Leave and come back: the server then waits until the kernel is heard on all channels.
+
+        Without it a cell may run before the new kernel's output has a listener, and its end is never heard.
+        """
         self._socket.close()
         self._socket = self._connect()
 

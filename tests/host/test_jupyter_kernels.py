@@ -174,6 +174,7 @@ def test_a_dead_kernel_is_started_again_by_itself(up, kernel):
     del request
     kernel.wait_for_state("restarting")
     assert start_time(first) is None
+    kernel.reconnect()
     assert kernel.run("40 + 2").value == "42"
     assert [model["id"] for model in up.front_end.kernels()] == [kernel.id]
 

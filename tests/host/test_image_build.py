@@ -38,7 +38,7 @@ def rebuilt(tmp_path_factory):
 @pytest.mark.requires("root", "overlay", "index", "mirror")
 def test_two_builds_of_a_lock_give_the_same_manifest(rebuilt, built_home):
     _, image = rebuilt
-    ours = find_built(Store(built_home / "store"), read_lock(LOCK))
+    ours = find_built(Store(built_home / "store"), read_lock(LOCK).digest, name="quickstart")
     assert ours is not None
     assert ours.digest == image.digest
 
@@ -86,7 +86,8 @@ def test_an_unchanged_build_is_two_reads(rebuilt):
         "from mlenv.image.build import find_built\n"
         "from mlenv.image.store import Store\n"
         "from mlenv.lock.file import read_lock\n"
-        "print(find_built(Store(Path(sys.argv[1])), read_lock(Path(sys.argv[2]))).digest)\n"
+        "lock = read_lock(Path(sys.argv[2]))\n"
+        "print(find_built(Store(Path(sys.argv[1])), lock.digest, name=lock.name).digest)\n"
         "heavy = {'urllib3', 'ssl', 'zipfile', 'lzma', 'isal', 'concurrent.futures', 'pydantic'}\n"
         "print(sorted(heavy & set(sys.modules)))\n"
     )

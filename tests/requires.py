@@ -25,6 +25,8 @@ import pytest
 
 requires = pytest.mark.requires
 
+CATALOG = Path(__file__).parents[1] / "envs"
+
 
 def _try(*args: str, script: str | None = None, timeout: float = 60) -> str | None:
     """Return why running `args` failed, or None where it succeeded."""
@@ -136,6 +138,18 @@ def _index() -> str | None:
         )
 
 
+def _torch_cpu() -> str | None:
+    """Find the PyTorch build that the catalog's CPU environment pins; PyPI does not have it."""
+    script = (
+        "from pathlib import Path\n"
+        "from mlenv.lock.file import read_lock\n"
+        "from mlenv.resolve.wheels import locate\n"
+        f"lock = read_lock(Path({str(CATALOG / 'pytorch-2.13-cpu.lock.json')!r}))\n"
+        "locate(lock)\n"
+    )
+    return _try(sys.executable, "-", script=script, timeout=120)
+
+
 def _mirror() -> str | None:
     """Fetch the package lists of the mirrors apt is configured for, into a state directory of our own."""
     with tempfile.TemporaryDirectory(prefix="mlenv-probe-") as state:
@@ -166,6 +180,7 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "chromium": _chromium,
     "index": _index,
     "mirror": _mirror,
+    "torch-cpu": _torch_cpu,
     "gpu": _tool("nvidia-smi", "-L"),
     "cc": _tool("cc"),
     "crun": _tool("crun"),

@@ -17,10 +17,15 @@ REPOSITORY = Path(__file__).parents[2]
 CELL_TIMEOUT = 300
 
 
-def executed(home: Path, project: Path, notebook: str, environment: str) -> nbformat.NotebookNode:
+def quickstart() -> nbformat.NotebookNode:
+    return nbformat.read(REPOSITORY / "notebooks" / "quickstart.ipynb", as_version=4)
+
+
+def executed(
+    home: Path, project: Path, document: nbformat.NotebookNode, environment: str
+) -> nbformat.NotebookNode:
     """Return the notebook with its outputs, run in an environment that is up for that long."""
     shutil.copytree(REPOSITORY / "envs", project / "envs")
-    document = nbformat.read(REPOSITORY / "notebooks" / notebook, as_version=4)
     mlenv(home, project, "up", environment, "--no-jupyter")
     try:
         client = NotebookClient(
@@ -54,19 +59,33 @@ def built(built_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_quickstart_without_pytorch(built: Path, tmp_path: Path) -> None:
-    notebook = executed(built, tmp_path, "quickstart.ipynb", "quickstart")
+    notebook = executed(built, tmp_path, quickstart(), "quickstart")
     assert "in quickstart\n" in printed(notebook)
     assert "this environment has no PyTorch" in printed(notebook)
     assert pictures(notebook) == 1
 
 
+@requires("torch-cpu")
 @pytest.mark.timeout(1800)
 def test_quickstart_trains_a_model(built: Path, tmp_path: Path) -> None:
-    notebook = executed(built, tmp_path, "quickstart.ipynb", "pytorch-2.13-cpu")
+    notebook = executed(built, tmp_path, quickstart(), "pytorch-2.13-cpu")
     said = printed(notebook)
     assert "PyTorch 2.13.0+cpu on cpu" in said
     assert float(said.partition("has not seen: ")[2].partition("%")[0]) > 95
     assert pictures(notebook) == 2
+
+
+@pytest.mark.timeout(1800)
+def test_pytorch_of_2020_answers_from_its_kernel(built: Path, tmp_path: Path) -> None:
+    """PyTorch 1.7.1 for CUDA 10.2, on the system and with the NumPy of its time."""
+    code = """
+import sys, numpy, torch
+print(torch.__version__, torch.version.cuda, numpy.__version__[0], sys.version_info[:2])
+print(open("/etc/debian_version").read()[:2], (torch.ones(2, 3) @ torch.ones(3, 2)).sum().item())
+"""
+    document = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    notebook = executed(built, tmp_path, document, "pytorch-1.7-cu102")
+    assert printed(notebook) == "1.7.1 10.2 1 (3, 9)\n11 12.0\n"
 
 
 def test_the_notebook_is_kept_without_outputs_and_names_its_environment() -> None:

@@ -196,11 +196,11 @@ def test_down_of_what_is_not_up_is_an_error(built_home):
 @pytest.mark.requires("userns", "overlay", "index", "mirror")
 @pytest.mark.parametrize("megabytes", [24, 120])
 def test_a_full_disk_is_said_and_nothing_half_made_stays(tmp_path, megabytes):
-    """The disk fills while fetching and while unpacking: the error says so, and only whole trees are kept."""
+    """The disk fills while fetching or unpacking: the error says so, and only whole trees are kept."""
     home = tmp_path / "home"
     home.mkdir()
     script = (
-    """The disk fills while fetching or unpacking: the error says so, and only whole trees are kept."""
+        f'mount -t tmpfs -o size={megabytes}m tmpfs "$MLENV_HOME" && "$@"; status=$?; cd "$MLENV_HOME/store"; '
         "find tmp images -mindepth 1; for tree in trees/*/*/*; do "
         '[ ! -e "$tree" ] || [ -e "$tree/meta.json" ] || echo "$tree"; done; exit $status'
     )

@@ -200,9 +200,9 @@ def test_a_full_disk_is_said_and_nothing_half_made_stays(tmp_path, megabytes):
     home = tmp_path / "home"
     home.mkdir()
     script = (
-        f'mount -t tmpfs -o size={megabytes}m tmpfs "$MLENV_HOME" && "$@"; status=$?; cd "$MLENV_HOME/store"; '
+        f'mount -t tmpfs -o size={megabytes}m tmpfs "$MLENV_HOME" && "$@"; s=$?; cd "$MLENV_HOME/store"; '
         "find tmp images -mindepth 1; for tree in trees/*/*/*; do "
-        '[ ! -e "$tree" ] || [ -e "$tree/meta.json" ] || echo "$tree"; done; exit $status'
+        '[ ! -e "$tree" ] || [ -e "$tree/meta.json" ] || echo "$tree"; done; exit $s'
     )
     as_root = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
     done = subprocess.run(

@@ -362,7 +362,7 @@ class Spec(_Part):
     image: Annotated[str | None, AfterValidator(_optional(values.image)), _text()] = Field(
         default=None,
         description="An OCI image to use as it is, instead of the keys that say how to make one.",
-        examples=["docker.io/pytorch/pytorch:1.7.1-cuda11.0-cudnn8-runtime"],
+        examples=["localhost:5000/course/pytorch:1.7.1-cuda11.0-cudnn8-runtime"],
     )
     build: tuple[
         Annotated[str, AfterValidator(values.command), WithJsonSchema({"type": "string", "minLength": 1})],

@@ -116,7 +116,7 @@ GOOD = {
     values.name: ["a", "pytorch-1.7-cu101", "A_b.c", "x" * 63],
     values.variable: ["A", "_a1", "OMP_NUM_THREADS"],
     values.image: [
-        "ubuntu", "a/b", "docker.io/pytorch/pytorch:1.7.1-cuda11.0-cudnn8-runtime", "localhost:5000/course/pytorch",
+        "ubuntu", "a/b", "localhost:5000/course/pytorch:1.7.1-cuda11.0-cudnn8-runtime", "localhost:5000/course/pytorch",
         "[::1]:5000/x:y", "a@sha256:" + "0" * 64, "a__b/c--d",
     ],
     values.mirror: ["https://mirror.example/debian", "http://mirror.example:8080/debian/", "file:///srv/mirror"],

@@ -1,7 +1,8 @@
 """Processes that live beside a container on the host: pasta or slirp4netns, port forwarder, DNS relay.
 
 Each is a child of the container's shim, holds none of its descriptors, and dies with it. A process is known
-by pid and start time, so a sweep long after the shim's death never ends a stranger that got the same pid.
+as `state.identity` has it, so a sweep after the shim's death, or a reboot, never ends a stranger that has
+the same pid.
 """
 
 from __future__ import annotations
@@ -11,37 +12,17 @@ import os
 import select
 import time
 
-from mlenv.container import syscalls
+from mlenv.container import state, syscalls
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from typing import Any
 
-    Identity = dict[str, int]
+    Identity = dict[str, Any]
 
 END_TIMEOUT = 2.0
 """Seconds between asking a companion to end and killing it."""
-
-_START_TIME_FIELD = 19
-
-
-def identity(pid: int) -> Identity | None:
-    """Return what tells the process `pid` from every other, or None where it has ended.
-
-    The start time is in clock ticks since boot. Source: proc_pid_stat(5), field 22.
-    """
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b") ")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] in (b"Z", b"X") else {"pid": pid, "started": int(fields[_START_TIME_FIELD])}
-
-
-def alive(process: Identity) -> bool:
-    """Return whether exactly this process still runs."""
-    return identity(process["pid"]) == process
-
 
 def start(work: Callable[[Callable[[], None]], None], *, keep: Iterable[int] = (), log: str) -> Identity:
     """Fork a companion that does `work`, and return once it is ready or has replaced itself by a program.
@@ -63,7 +44,7 @@ def start(work: Callable[[Callable[[], None]], None], *, keep: Iterable[int] = (
     if failure:
         os.waitpid(pid, 0)
         raise OSError(failure)
-    return identity(pid) or {"pid": pid, "started": 0}
+    return state.identity(pid) or {"pid": pid, "start_time": 0, "boot_id": ""}  # it has ended already
 
 
 def _child(
@@ -114,7 +95,7 @@ def end(process: Identity, *, timeout: float = END_TIMEOUT) -> None:
     except OSError:
         return
     try:
-        if alive(process):
+        if state.is_alive(process):
             _signal_until_gone(pidfd, timeout)
     finally:
         os.close(pidfd)

@@ -19,6 +19,7 @@ import networks
 
 from mlenv.container import companion, forward, namespaces, net, syscalls
 from mlenv.container.config import Port
+from mlenv.container.state import is_alive
 
 UID = 12345
 
@@ -103,11 +104,11 @@ def killed_shim(directory: str) -> list[bool]:
         os.write(writing, json.dumps([running, *([state["process"]] if "process" in state else [])]).encode())
         signal.pause()
     companions = json.loads(os.read(reading, 65536))
-    before = all(companion.alive(found) for found in companions)
+    before = all(is_alive(found) for found in companions)
     os.kill(shim, signal.SIGKILL)
     os.waitpid(shim, 0)
-    networks.until(lambda: not any(companion.alive(found) for found in companions), "the companions end")
-    return [before, any(companion.alive(found) for found in companions)]
+    networks.until(lambda: not any(is_alive(found) for found in companions), "the companions end")
+    return [before, any(is_alive(found) for found in companions)]
 
 
 def restricted_to(helper: str) -> None:
@@ -153,7 +154,7 @@ def ask_all(directory: str) -> dict:
     }
     net.teardown(state)
     net.teardown(state)
-    said["helper left"] = "process" in state and companion.alive(state["process"])
+    said["helper left"] = "process" in state and is_alive(state["process"])
     return said
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import signal
 import socket
@@ -19,6 +20,7 @@ from requires import requires
 
 from mlenv.container import companion, forward
 from mlenv.container.config import Port
+from mlenv.container.state import is_alive
 
 pytestmark = requires("root", "netns")
 
@@ -262,15 +264,15 @@ def test_the_forwarder_dies_with_the_shim(container: int, tmp_path: Path) -> Non
     shim = os.fork()
     if shim == 0:
         running = forward.start(listeners, container, rootless=False, log=str(tmp_path / "log"))
-        os.write(writing, f"{running['pid']} {running['started']}".encode())
+        os.write(writing, json.dumps(running).encode())
         signal.pause()
     forward.close(listeners)
-    pid, started = map(int, os.read(reading, 100).split())
+    forwarder = json.loads(os.read(reading, 500))
     os.close(reading)
     os.close(writing)
     os.kill(shim, signal.SIGKILL)
     os.waitpid(shim, 0)
-    networks.until(lambda: not companion.alive({"pid": pid, "started": started}), "the forwarder ends")
+    networks.until(lambda: not is_alive(forwarder), "the forwarder ends")
     again = Port(host_ip="127.0.0.1", host_port=listeners[0].host_port, container_port=80, protocol="tcp")
     forward.close(forward.bind([again]))
 

@@ -16,7 +16,8 @@ import networks
 import pytest
 from requires import requires
 
-from mlenv.container import companion, namespaces, net
+from mlenv.container import namespaces, net
+from mlenv.container.state import is_alive
 from mlenv.errors import ContainerStartError
 
 pytestmark = requires("root", "netns", "nft")
@@ -308,7 +309,7 @@ def test_names_where_the_host_resolves_on_its_loopback(
         )
         assert answer.strip() == "answer to example.org"
         net.teardown(state)
-        assert not companion.alive(state["relay"])
+        assert not is_alive(state["relay"])
 
 
 def test_names_over_tcp_where_the_host_resolves_on_its_loopback(
@@ -335,9 +336,9 @@ def test_the_relay_dies_with_the_shim(host: None, container: int, tmp_path: Path
     state = json.loads(os.read(reading, 65536))
     os.close(reading)
     os.close(writing)
-    assert companion.alive(state["relay"])
+    assert is_alive(state["relay"])
     os.kill(shim, signal.SIGKILL)
     os.waitpid(shim, 0)
-    networks.until(lambda: not companion.alive(state["relay"]), "the relay ends")
+    networks.until(lambda: not is_alive(state["relay"]), "the relay ends")
     assert net.BRIDGE in networks.interfaces()
     net.teardown(state)
